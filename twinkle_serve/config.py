@@ -1,0 +1,156 @@
+"""The whole configuration: one strict pydantic tree, loaded from YAML with dotted overrides.
+
+Every field says its unit, range and default; an unknown key is an error. Knows no component's inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class HttpConfig(Strict):
+    host: str = Field("127.0.0.1", description="address the HTTP proxy binds to")
+    port: int = Field(8000, ge=1, le=65535, description="TCP port")
+    replicas: int = Field(2, ge=1, le=64, description="ingress replicas; they hold no state")
+    route_prefix: str = Field("/", pattern=r"^/", description="everything is served below this path")
+    public_url: str | None = Field(
+        None, description="base of download links; null: taken from the request's Host header"
+    )
+    poll_hold_s: float = Field(30.0, gt=0, le=40, description="longest time a poll is held, seconds")
+    max_body_bytes: int = Field(256 * 2**20, ge=2**20, description="largest request body, bytes, decompressed")
+
+
+class AuthConfig(Strict):
+    mode: Literal["open", "keys", "modelscope"] = Field(
+        "open", description="open: every distinct key is its own tenant, loopback only"
+    )
+    allow_public: bool = Field(False, description="let mode open listen on an address that is not loopback")
+
+
+class StorageConfig(Strict):
+    root: Path = Field(Path("twinkle-data"), description="directory for checkpoints and the catalogue")
+    catalog_url: str | None = Field(
+        None, description="SQLAlchemy URL of the catalogue; null: SQLite below root"
+    )
+
+
+class SamplerConfig(Strict):
+    max_batch: int = Field(64, ge=1, le=4096, description="sequences decoded together")
+    adapter_slots: int = Field(8, ge=1, description="sampler snapshots resident at once")
+    kv_cache_tokens: int = Field(65_536, ge=256, description="tokens of KV cache, all sequences together")
+    prefill_chunk_tokens: int = Field(2_048, ge=16, description="prompt tokens prefilled between decode steps")
+    decode_budget_ms: float = Field(
+        50.0, gt=0, description="decoding time a tick may spend while training work waits, milliseconds"
+    )
+
+
+class PlannerConfig(Strict):
+    company_wait_ms: float = Field(
+        4.0, ge=0, le=1000, description="longest a ready pass waits for a recently active tenant, milliseconds"
+    )
+    tick_tokens: int = Field(16_384, ge=1, description="training tokens taken into one tick, all tenants")
+    gap_timeout_s: float = Field(
+        300.0, gt=0, description="a hole in a run's seq_ids fails the waiting successors after this, seconds"
+    )
+
+
+class ModelConfig(Strict):
+    name: str = Field(min_length=1, description="what clients pass as base_model")
+    path: str = Field(min_length=1, description="local directory, or ms://owner/model on ModelScope")
+    revision: str | None = Field(None, description="pinned hub revision")
+    ranks: int = Field(1, ge=1, le=1024, description="processes that share the base model")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the base model; auto: float32 on CPU, bfloat16 on GPU"
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of a rank; null: all cores / ranks")
+    max_rank: int = Field(32, ge=1, le=32, description="largest LoRA rank served")
+    max_resident_adapters: int = Field(8, ge=1, description="training slots; further runs are paged out")
+    max_context_length: int | None = Field(
+        None, ge=1, description="tokens per sequence; null: the model's own limit"
+    )
+    microbatch_tokens: int = Field(4_096, ge=1, description="token budget of one packed microbatch")
+    logits_chunk_tokens: int = Field(256, ge=1, description="rows of logits alive at once")
+    activation_checkpointing: bool = False
+    deterministic: bool = Field(
+        False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
+    )
+    host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
+    sampler: SamplerConfig = SamplerConfig()
+    planner: PlannerConfig = PlannerConfig()
+
+
+class LimitsConfig(Strict):
+    result_retention_s: float = Field(1800.0, gt=0, description="finished results can be polled this long")
+    session_expiry_s: float = Field(600.0, ge=120, description="a session without heartbeat expires after this")
+    max_datums_per_request: int = Field(65_536, ge=1)
+    max_num_samples: int = Field(256, ge=1)
+    sampler_snapshots_per_run: int = Field(4, ge=1, description="newest ephemeral snapshots kept per run")
+
+
+class RayConfig(Strict):
+    dashboard: bool = Field(False, description="start Ray's dashboard with `up`")
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+
+
+class Config(Strict):
+    models: Annotated[list[ModelConfig], Field(min_length=1)]
+    http: HttpConfig = HttpConfig()
+    auth: AuthConfig = AuthConfig()
+    storage: StorageConfig = StorageConfig()
+    limits: LimitsConfig = LimitsConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"models: names must be unique, got {names}")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply ``dotted.key=value`` overrides (values are YAML; list items by index).
+
+    Raises ValueError (pydantic's ValidationError included) naming the key that is wrong.
+    """
+    tree = yaml.safe_load(Path(path).read_text()) or {}
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"--set {override!r}: expected dotted.key=value")
+        _assign(tree, key.split("."), yaml.safe_load(value), override)
+    return Config.model_validate(tree)
+
+
+def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for key, following in zip(parents, keys[1:], strict=True):
+        node = _child(node, key, [] if following.isdigit() else {}, override)
+    if isinstance(node, list):
+        _child(node, last, None, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, key: str, default: Any, override: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) > len(node):
+            raise ValueError(f"--set {override!r}: {key!r} is not an index up to {len(node)}")
+        if int(key) == len(node):
+            node.append(default)
+        return node[int(key)]
+    if not isinstance(node, dict):
+        raise ValueError(f"--set {override!r}: {key!r} is below a plain value")
+    if node.get(key) is None:
+        node[key] = default
+    return node[key]

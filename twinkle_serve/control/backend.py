@@ -1,0 +1,206 @@
+"""What the gateway may ask of the control plane: one method per thing a client can want.
+
+The Ray coordinator actor and the in-process ControlPlane both offer exactly this. Every method takes the
+caller's tenant first and treats another tenant's objects as absent. Knows no transport and no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from twinkle_serve.protocol.data import AdamParams, LoraSpec, SampleRequest
+from twinkle_serve.protocol.work import Failure, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """The answer to a poll. Exactly one of the three is meant:
+
+    done: ``value`` (any protocol.data result, dict, or None) or ``failure``;
+    pending: ``queue_state`` ("active", "paused_capacity", "paused_rate_limit") and a reason for the user;
+    gone: the id is unknown or its retention ran out; ``sampling`` tells which answer the SDK needs.
+    """
+
+    state: str  # "done" | "pending" | "gone"
+    value: Any = None
+    failure: Failure | None = None
+    queue_state: str = "active"
+    queue_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PassCommand:
+    """forward / forward_backward: ``datums`` is DatumBatch.pack(), ``lengths`` its tokens per datum."""
+
+    datums: bytes
+    lengths: tuple[int, ...]
+    loss_fn: str
+    loss_config: Mapping[str, float | str]
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OptimCommand:
+    params: AdamParams
+
+
+@dataclass(frozen=True, slots=True)
+class SaveCommand:
+    """save_weights ("weights"), a named sampler save ("sampler_weights") or an export
+    ("external_weights"). ``name`` None lets the server choose one."""
+
+    kind: str
+    name: str | None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCommand:
+    """save_weights_for_sampler without a name: freeze for sampling as a new sampling session."""
+
+    sampling_session_seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCommand:
+    path: str
+    optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadCommand:
+    """Forget the run's live state; its checkpoints stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedCommand:
+    """A request that could not be accepted but whose seq_id is spent: its promise fails in its turn."""
+
+    failure: Failure
+
+
+Command = (
+    PassCommand | OptimCommand | SaveCommand | SnapshotCommand | LoadCommand | UnloadCommand | RejectedCommand
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A training run as its owner sees it. ``training_run_id`` equals the model id."""
+
+    run_id: str
+    tenant: str
+    model: ModelInfo
+    spec: LoraSpec
+
+
+class NotFound(Exception):
+    """No such object for this tenant. HTTP 404."""
+
+
+class Invalid(Exception):
+    """The request cannot be right, now or later; the message names field and limit. HTTP 400."""
+
+
+class Backend(Protocol):
+    """See the module's words. All methods are coroutines; NotFound and Invalid are the only errors meant
+    for the client."""
+
+    async def healthy(self) -> bool: ...
+    async def models(self) -> Sequence[ModelInfo]: ...
+
+    # sessions -------------------------------------------------------------------------------------
+    async def create_session(self, tenant: str, info: Mapping[str, Any]) -> str: ...
+    async def heartbeat(self, tenant: str, session_id: str) -> bool:
+        """False once the session is finished (HTTP 410)."""
+        ...
+
+    async def finish_session(self, tenant: str, session_id: str, reason: Mapping[str, Any]) -> None: ...
+    async def list_sessions(self, tenant: str, limit: int, offset: int) -> list[str]: ...
+    async def get_session(self, tenant: str, session_id: str) -> Mapping[str, Any]:
+        """training_run_ids, sampler_ids, user_metadata, display_name."""
+        ...
+
+    # training -------------------------------------------------------------------------------------
+    async def create_model(
+        self,
+        tenant: str,
+        session_id: str,
+        model_seq_id: int,
+        base_model: str,
+        spec: LoraSpec,
+        user_metadata: Mapping[str, Any],
+    ) -> str:
+        """Returns the request id; resolves to {"model_id": ...}. Deduped on (session_id, model_seq_id)."""
+        ...
+
+    async def create_model_from(
+        self,
+        tenant: str,
+        session_id: str,
+        model_seq_id: int,
+        path: str,
+        optimizer: bool,
+        base_model: str | None,
+        user_metadata: Mapping[str, Any],
+    ) -> str:
+        """load_weights form A: a new run from a checkpoint. Resolves to {"model_id", "path"}."""
+        ...
+
+    async def submit(self, tenant: str, run_id: str, seq_id: int | None, command: Command) -> str:
+        """Append to the run's command log; returns the request id at once. Deduped on (run_id, seq_id).
+        Resolves to: ForwardResult; dict of metrics; {"path": ...} or {"sampling_session_id": ...};
+        {"path", "model_id"} for a load; {"model_id"} for an unload."""
+        ...
+
+    async def run_info(self, tenant: str, run_id: str) -> RunInfo: ...
+
+    # sampling -------------------------------------------------------------------------------------
+    async def create_sampler(
+        self,
+        tenant: str,
+        session_id: str,
+        sampling_session_seq_id: int,
+        base_model: str | None,
+        model_path: str | None,
+    ) -> str: ...
+    async def sampler_info(self, tenant: str, sampler_id: str) -> Mapping[str, Any]:
+        """sampler_id, base_model, model_path, model: ModelInfo."""
+        ...
+
+    async def sample(
+        self, tenant: str, sampler_id: str, seq_id: int | None, request: SampleRequest | Failure
+    ) -> tuple[str, list[str]]:
+        """Returns (request id, one sequence id per sample). Deduped on (sampler_id, seq_id)."""
+        ...
+
+    async def cancel(self, tenant: str, request_id: str) -> None: ...
+
+    # promises -------------------------------------------------------------------------------------
+    async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
+        """Waits up to ``timeout_s`` for the result. A result can be polled again until retention ends."""
+        ...
+
+    # management -----------------------------------------------------------------------------------
+    async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
+        """One page of wire TrainingRun dicts, and the total."""
+        ...
+
+    async def get_run(self, tenant: str, run_id: str) -> Mapping[str, Any]: ...
+    async def list_checkpoints(
+        self, tenant: str, run_id: str | None, limit: int | None, offset: int
+    ) -> tuple[list[Mapping[str, Any]], int]:
+        """Wire Checkpoint dicts of one run, or of all the tenant's runs, newest first; and the total."""
+        ...
+
+    async def weights_info(self, tenant: str, path: str) -> Mapping[str, Any]: ...
+    async def delete_checkpoint(self, tenant: str, path: str) -> None: ...
+    async def publish_checkpoint(self, tenant: str, path: str, public: bool) -> None: ...
+    async def set_checkpoint_ttl(self, tenant: str, path: str, ttl_seconds: int | None) -> None: ...
+    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, int]:
+        """Relative file name to size in bytes, and under "" the absolute directory's id for downloads."""
+        ...

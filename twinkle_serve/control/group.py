@@ -1,0 +1,28 @@
+"""What the control plane needs from a group of ranks: run a tick, stream its outcomes.
+
+The Ray group (cluster/group.py) and the in-process one (engine behind a thread) both offer this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from twinkle_serve.protocol.work import ModelInfo, Outcome, Tick, TickReport
+
+
+class Group(Protocol):
+    """One base model and its slots."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def run(self, tick: Tick) -> AsyncIterator[Outcome | TickReport]:
+        """Outcomes as they are ready, in any order, then one TickReport. Outcomes of saves may come in a
+        later tick's stream, and those of samples whenever they finish. ``Outcome.value`` may be a handle
+        that the gateway resolves (a Ray ObjectRef). Raises GroupLost when the ranks are gone."""
+        ...
+
+
+class GroupLost(Exception):
+    """The group's processes died or hung; what was resident in its slots is gone."""

@@ -1,0 +1,200 @@
+"""What the coordinator asks a group of ranks to do in one tick, and what comes back.
+
+Every rank gets the same Tick and walks its fields in the order they are declared. Knows slots and request
+ids. Does not know tenants, ordering (control/) or how anything is computed (engine/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from twinkle_serve.protocol.data import AdamParams, LoraSpec, SampleRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PageOut:
+    """Move the run in ``slot`` (weights, gradients, moments) to the group's host store; scrub the slot."""
+
+    slot: int
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PageIn:
+    """Bring a run that was paged out back, into ``slot``."""
+
+    slot: int
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateAdapter:
+    """Give a fresh run its seeded adapter in ``slot``. Answers None."""
+
+    request_id: str
+    run_id: str
+    slot: int
+    spec: LoraSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Replace the adapter in ``slot`` by the checkpoint at ``directory``; ``optimizer`` also restores
+    the moments, otherwise they and the gradients start at zero. Answers None."""
+
+    request_id: str
+    run_id: str
+    slot: int
+    directory: str
+    optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DropRun:
+    """Forget a run: scrub its slot (None when it is paged out) and its paged copy."""
+
+    run_id: str
+    slot: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward or forward_backward request. ``datums`` is DatumBatch.pack(); answers ForwardResult."""
+
+    request_id: str
+    slot: int
+    datums: bytes
+    loss_fn: str
+    loss_config: Mapping[str, float | str]
+    backward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some datums of one pass: ``indices`` into the datums of ``Tick.passes[pass_index]``, ascending."""
+
+    pass_index: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStep:
+    """One AdamW step on the gradients of ``slot``, which are then zero. Answers dict[str, float]."""
+
+    request_id: str
+    slot: int
+    params: AdamParams
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAdapter:
+    """Write the adapter in ``slot`` as a checkpoint at ``directory`` (atomically), with the optimizer
+    state if asked. ``manifest`` goes into its manifest file. Answers the size in bytes (int)."""
+
+    request_id: str
+    slot: int
+    directory: str
+    optimizer: bool
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Freeze the adapter in ``slot`` for sampling under the name ``adapter``. Answers None."""
+
+    request_id: str
+    slot: int
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """The weights to sample with: a snapshot or a checkpoint ``directory``, known under ``adapter``."""
+
+    adapter: str
+    directory: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Admit one sampling request; ``adapter`` None is the base model alone. ``tenant`` bounds the
+    sharing of prompt prefixes. Answers SampleResult, in this tick or a later one."""
+
+    request_id: str
+    tenant: str
+    adapter: AdapterRef | None
+    request: SampleRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """One round of work. Each rank walks the fields top to bottom; an error in one item is that item's
+    outcome and does not stop the others.
+
+    microbatches: pieces of ``passes`` that run together; every datum of every pass is in exactly one.
+    decode_budget_s: how long to go on decoding admitted samples before returning, seconds; with
+    nothing admitted it costs nothing. At least one step runs when the budget is above zero.
+    """
+
+    tick_id: int
+    page_out: tuple[PageOut, ...] = ()
+    drops: tuple[DropRun, ...] = ()
+    page_in: tuple[PageIn, ...] = ()
+    creates: tuple[CreateAdapter, ...] = ()
+    loads: tuple[LoadAdapter, ...] = ()
+    passes: tuple[Pass, ...] = ()
+    microbatches: tuple[tuple[Piece, ...], ...] = ()
+    optim_steps: tuple[OptimStep, ...] = ()
+    saves: tuple[SaveAdapter, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    drop_snapshots: tuple[str, ...] = ()
+    cancels: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    decode_budget_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request failed. ``category`` is "user" for bad input, "server" for our fault."""
+
+    message: str
+    category: str = "user"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The answer to one request of a tick: ``value`` or ``failure``."""
+
+    request_id: str
+    value: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TickReport:
+    """What a tick ends with: its cost by phase in seconds, and whether samples are still decoding."""
+
+    tick_id: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    active_samples: int = 0
+    gauges: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded base model tells the control plane.
+
+    tokenizer_id: what clients pass to AutoTokenizer: a hub id, or the absolute local directory.
+    max_slots: adapters resident at once. eos_token_ids: what stops a sample by default.
+    """
+
+    name: str
+    arch: str
+    tokenizer_id: str
+    vocab_size: int
+    max_context_length: int
+    max_rank: int
+    max_slots: int
+    eos_token_ids: tuple[int, ...]
