@@ -1,0 +1,316 @@
+"""LoRA on fused MoE experts: grouped products over (expert, segment) blocks of routed token-expert pairs.
+
+Registered with transformers as the experts implementation ``twinkle``, so no model code is changed. The
+hidden-side factors are shared by the experts (Tinker's scheme): x A of gate and up is computed once a token,
+and the down product is summed over a token's experts in rank space before its shared B is applied. Knows
+routing results; does not know the router, tenants or expert parallelism (sharding/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from twinkle_serve.engine.layers import Segments, accumulate
+from twinkle_serve.engine.slots import Adapter, Segment
+
+IMPLEMENTATION = "twinkle"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTargets:
+    """Where an experts module finds its segments and the indices of its three targets in the layout."""
+
+    segments: Segments
+    gate: int
+    up: int
+    down: int
+
+
+class Block(NamedTuple):
+    """Sorted pairs ``start:end`` go to ``expert`` and belong to ``adapter`` (None: base model only)."""
+
+    expert: int
+    adapter: Adapter | None
+    start: int
+    end: int
+
+
+class Routing(NamedTuple):
+    """Token-expert pairs sorted by (expert, segment).
+
+    token: int64 [P], the token of each sorted pair. order: the sorted pairs' places in the [T, K] grid, and
+    inverse its inverse. expert_ranges: (expert, start, end) of experts that got pairs. blocks: finer, the
+    pairs of one expert and one adapter.
+    """
+
+    token: torch.Tensor
+    order: torch.Tensor
+    inverse: torch.Tensor
+    expert_ranges: list[tuple[int, int, int]]
+    blocks: list[Block]
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H]."""
+    targets: ExpertTargets = module.twinkle_targets  # type: ignore[assignment]
+    segments = targets.segments.of("mlp")
+    routing = route(top_k_index, int(module.num_experts), segments)  # type: ignore[arg-type]
+    return _Experts.apply(hidden_states, top_k_weights, module, routing, segments, targets)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def route(top_k_index: torch.Tensor, num_experts: int, segments: Sequence[Segment]) -> Routing:
+    """Sort the pairs of ``top_k_index`` [T, K] by expert, and within an expert by segment.
+
+    Segments are ascending and disjoint, so a stable sort by expert leaves an expert's pairs in segment order.
+    """
+    num_tokens, top_k = top_k_index.shape
+    flat = top_k_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    token = order // top_k
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    bounds = _bounds(segments, num_tokens)
+    edges = torch.tensor([start for _, start in bounds], device=flat.device)
+    segment_of = torch.searchsorted(edges, token, right=True) - 1
+    counts = torch.bincount(flat[order] * len(bounds) + segment_of, minlength=num_experts * len(bounds))
+    ranges, blocks, position = [], [], 0
+    for expert, row in enumerate(counts.view(num_experts, len(bounds)).tolist()):
+        first = position
+        for (adapter, _), count in zip(bounds, row, strict=True):
+            if count:
+                blocks.append(Block(expert, adapter, position, position + count))
+                position += count
+        if position > first:
+            ranges.append((expert, first, position))
+    return Routing(token, order, inverse, ranges, blocks)
+
+
+def _bounds(segments: Sequence[Segment], num_tokens: int) -> list[tuple[Adapter | None, int]]:
+    """(adapter, first row) of consecutive stretches that cover all rows, gaps included."""
+    bounds: list[tuple[Adapter | None, int]] = []
+    position = 0
+    for adapter, start, end in segments:
+        if start > position:
+            bounds.append((None, position))
+        bounds.append((adapter, start))
+        position = end
+    if position < num_tokens or not bounds:
+        bounds.append((None, position))
+    return bounds
+
+
+class _Experts(torch.autograd.Function):
+    """out[t] = sum_k w[t,k] down_e(act(gate_e(x)) * up_e(x)), each projection with its LoRA product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        module: Any,
+        routing: Routing,
+        segments: Sequence[Segment],
+        targets: ExpertTargets,
+    ) -> torch.Tensor:
+        top_k = weights.shape[1]
+        hidden_gate, hidden_up = _shared_hidden(x, segments, targets)
+        gate_up = _gate_up(x, hidden_gate, hidden_up, module.gate_up_proj, routing, targets)
+        z = _activate(module, gate_up)
+        y = x.new_empty(z.shape[0], x.shape[1])
+        for expert, start, end in routing.expert_ranges:
+            torch.mm(z[start:end], module.down_proj[expert].t(), out=y[start:end])
+        out = _combine(y, weights, routing)
+        down_hidden = _down_hidden(z, weights, routing, targets, _max_rank(segments))
+        for adapter, start, end in segments:
+            b_t = adapter.factors(targets.down).b_t.to(x.dtype)
+            rank = adapter.spec.rank
+            out[start:end].addmm_(down_hidden[start:end, :rank], b_t, alpha=adapter.scale)
+        ctx.save_for_backward(x, weights, gate_up, hidden_gate, hidden_up, down_hidden)
+        ctx.module, ctx.routing, ctx.segments, ctx.targets, ctx.top_k = module, routing, segments, targets, top_k
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weights, gate_up, hidden_gate, hidden_up, down_hidden = ctx.saved_tensors
+        routing, targets, module = ctx.routing, ctx.targets, ctx.module
+        dout = dout.contiguous()
+        z = _activate(module, gate_up)
+        dz_unweighted = _backward_down(ctx, z, dout, weights, down_hidden)
+        pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1)
+        dweights = (z * dz_unweighted).sum(1)[routing.inverse].view_as(weights)
+        dgate_up = _backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
+        dx_pairs = x.new_empty(gate_up.shape[0], x.shape[1])
+        for expert, start, end in routing.expert_ranges:
+            torch.mm(dgate_up[start:end], module.gate_up_proj[expert], out=dx_pairs[start:end])
+        dx = _sum_over_experts(dx_pairs, routing, ctx.top_k)
+        _backward_gate_up(ctx, x, dx, dgate_up, hidden_gate, hidden_up, targets)
+        return dx, dweights, None, None, None, None
+
+
+def _max_rank(segments: Sequence[Segment]) -> int:
+    return max((segment.adapter.spec.rank for segment in segments), default=0)
+
+
+def _shared_hidden(
+    x: torch.Tensor, segments: Sequence[Segment], targets: ExpertTargets
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x A^T of gate and of up, [T, max rank] each, zero outside a segment's rank."""
+    shape = (x.shape[0], _max_rank(segments))
+    gate, up = x.new_zeros(shape), x.new_zeros(shape)
+    for adapter, start, end in segments:
+        rank = adapter.spec.rank
+        for out, index in ((gate, targets.gate), (up, targets.up)):
+            out[start:end, :rank] = x[start:end] @ adapter.factors(index).a.to(x.dtype).t()
+    return gate, up
+
+
+def _gate_up(
+    x: torch.Tensor,
+    hidden_gate: torch.Tensor,
+    hidden_up: torch.Tensor,
+    projection: torch.Tensor,
+    routing: Routing,
+    targets: ExpertTargets,
+) -> torch.Tensor:
+    """Gate and up of every sorted pair, side by side: [P, 2I]."""
+    x_pairs = x.index_select(0, routing.token)
+    gate_pairs = hidden_gate.index_select(0, routing.token)
+    up_pairs = hidden_up.index_select(0, routing.token)
+    inner = projection.shape[1] // 2
+    gate_up = x.new_empty(x_pairs.shape[0], 2 * inner)
+    for expert, start, end in routing.expert_ranges:
+        torch.mm(x_pairs[start:end], projection[expert].t(), out=gate_up[start:end])
+    for expert, adapter, start, end in routing.blocks:
+        if adapter is None:
+            continue
+        rank, columns = adapter.spec.rank, slice(expert * inner, (expert + 1) * inner)
+        for half, hidden, index in ((0, gate_pairs, targets.gate), (1, up_pairs, targets.up)):
+            b_t = adapter.factors(index).b_t[:, columns].to(x.dtype)
+            view = gate_up[start:end, half * inner : (half + 1) * inner]
+            view.addmm_(hidden[start:end, :rank], b_t, alpha=adapter.scale)
+    return gate_up
+
+
+def _activate(module: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+def _backward_activation(module: Any, gate_up: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
+    """d(gate_up) from dz, through whatever activation the model has."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if isinstance(module.act_fn, nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation":
+        dgate_up = torch.empty_like(gate_up)
+        dgate, dup = dgate_up.chunk(2, dim=-1)
+        torch.mul(dz, F.silu(gate), out=dup)
+        dgate.copy_(torch.ops.aten.silu_backward(dz * up, gate))
+        return dgate_up
+    with torch.enable_grad():
+        leaf = gate_up.detach().requires_grad_()
+        (dgate_up,) = torch.autograd.grad(_activate(module, leaf), leaf, dz)
+    return dgate_up
+
+
+def _down_hidden(
+    z: torch.Tensor, weights: torch.Tensor, routing: Routing, targets: ExpertTargets, max_rank: int
+) -> torch.Tensor:
+    """The down product in rank space, summed over a token's experts with their weights: [T, max rank]."""
+    pairs = z.new_zeros(z.shape[0], max_rank)
+    inner = z.shape[1]
+    for expert, adapter, start, end in routing.blocks:
+        if adapter is not None:
+            a = adapter.factors(targets.down).a[:, expert * inner : (expert + 1) * inner].to(z.dtype)
+            pairs[start:end, : adapter.spec.rank] = z[start:end] @ a.t()
+    return _combine(pairs, weights, routing)
+
+
+def _combine(pairs: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """sum_k w[t, k] pairs[t, k]: [P, D] -> [T, D]."""
+    num_tokens, top_k = weights.shape
+    grid = pairs.index_select(0, routing.inverse).view(num_tokens, top_k, pairs.shape[1])
+    return torch.bmm(weights.to(pairs.dtype).unsqueeze(1), grid).squeeze(1)
+
+
+def _sum_over_experts(pairs: torch.Tensor, routing: Routing, top_k: int) -> torch.Tensor:
+    return pairs.index_select(0, routing.inverse).view(-1, top_k, pairs.shape[1]).sum(1)
+
+
+def _backward_down(
+    ctx: Any, z: torch.Tensor, dout: torch.Tensor, weights: torch.Tensor, down_hidden: torch.Tensor
+) -> torch.Tensor:
+    """dz of every pair before its routing weight is applied, [P, I]; adds the gradients of A and B of down.
+
+    <z, dz_unweighted> is also the gradient of the routing weight, so the expert outputs are never kept.
+    """
+    routing, segments, targets = ctx.routing, ctx.segments, ctx.targets
+    inner = z.shape[1]
+    dhidden = z.new_zeros(dout.shape[0], down_hidden.shape[1])
+    for adapter, start, end in segments:
+        _, b_t, _, grad_b_t = adapter.factors(targets.down)
+        rank = adapter.spec.rank
+        torch.mul(dout[start:end] @ b_t.to(z.dtype).t(), adapter.scale, out=dhidden[start:end, :rank])
+        accumulate(grad_b_t, down_hidden[start:end, :rank].t(), dout[start:end], adapter.scale)
+    dout_pairs = dout.index_select(0, routing.token)
+    dhidden_pairs = dhidden.index_select(0, routing.token)
+    pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1).to(z.dtype)
+    dz = torch.empty_like(z)
+    for expert, start, end in routing.expert_ranges:
+        torch.mm(dout_pairs[start:end], ctx.module.down_proj[expert], out=dz[start:end])
+    for expert, adapter, start, end in routing.blocks:
+        if adapter is None:
+            continue
+        a, _, grad_a, _ = adapter.factors(targets.down)
+        assert grad_a is not None
+        columns = slice(expert * inner, (expert + 1) * inner)
+        dh = dhidden_pairs[start:end, : adapter.spec.rank]
+        dz[start:end].addmm_(dh, a[:, columns].to(z.dtype))
+        accumulate(grad_a[:, columns], (dh * pair_weights[start:end]).t(), z[start:end], 1.0)
+    return dz
+
+
+def _backward_gate_up(
+    ctx: Any,
+    x: torch.Tensor,
+    dx: torch.Tensor,
+    dgate_up: torch.Tensor,
+    hidden_gate: torch.Tensor,
+    hidden_up: torch.Tensor,
+    targets: ExpertTargets,
+) -> None:
+    """Gradients of A and B of gate and up, and their part of dx, added in place."""
+    routing = ctx.routing
+    inner = dgate_up.shape[1] // 2
+    for half, hidden, index in ((0, hidden_gate, targets.gate), (1, hidden_up, targets.up)):
+        hidden_pairs = hidden.index_select(0, routing.token)
+        dhidden_pairs = torch.zeros_like(hidden_pairs)
+        dhalf = dgate_up[:, half * inner : (half + 1) * inner]
+        for expert, adapter, start, end in routing.blocks:
+            if adapter is None:
+                continue
+            _, b_t, _, grad_b_t = adapter.factors(index)
+            assert grad_b_t is not None
+            rank, columns = adapter.spec.rank, slice(expert * inner, (expert + 1) * inner)
+            dhidden_pairs[start:end, :rank] = dhalf[start:end] @ b_t[:, columns].to(x.dtype).t()
+            accumulate(
+                grad_b_t[:, columns], hidden_pairs[start:end, :rank].t(), dhalf[start:end], adapter.scale
+            )
+        dhidden = _sum_over_experts(dhidden_pairs, routing, ctx.top_k)
+        for adapter, start, end in ctx.segments:
+            a, _, grad_a, _ = adapter.factors(index)
+            dh = dhidden[start:end, : adapter.spec.rank]
+            accumulate(grad_a, dh.t(), x[start:end], adapter.scale)
+            dx[start:end].addmm_(dh, a.to(x.dtype), alpha=adapter.scale)

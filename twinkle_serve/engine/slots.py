@@ -1,0 +1,204 @@
+"""Adapters in memory: the training slots (weights, gradients, Adam moments) and views of single factors.
+
+A slot is one row of four pooled tensors ``[slots, max_rank, row_size]``, and a run of rank r uses the first r
+rank rows of it, one contiguous block (layout.py). So a snapshot, a page-out or an optimizer step is one pass
+over one block. Knows nothing of runs, requests or of which slot to use (control/residency.py decides).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from twinkle_serve.engine.layout import AdapterLayout, Group
+from twinkle_serve.protocol.data import LoraSpec
+
+LORA_ALPHA = 32
+"""Tinker's alpha: the low-rank product is scaled by 32 / rank."""
+
+
+class Factors(NamedTuple):
+    """Both factors of one target: A ``[r, in]`` and B transposed ``[r, out]``; views, with the gradients'
+    views where the adapter is being trained. Fused experts lie side by side (layout.py)."""
+
+    a: torch.Tensor
+    b_t: torch.Tensor
+    grad_a: torch.Tensor | None
+    grad_b_t: torch.Tensor | None
+
+
+class Adapter:
+    """One adapter's block of weights ``[rank, row_size]``, seen target by target.
+
+    ``grads`` is a block of the same shape that backward passes add to, or None for a frozen adapter.
+    """
+
+    def __init__(
+        self, layout: AdapterLayout, spec: LoraSpec, weights: torch.Tensor, grads: torch.Tensor | None = None
+    ) -> None:
+        self.layout = layout
+        self.spec = spec
+        self.weights = weights
+        self.grads = grads
+        self.scale = LORA_ALPHA / spec.rank
+        self._factors: list[Factors | None] = [None] * len(layout.targets)
+
+    def factors(self, target_index: int) -> Factors:
+        """Views of one target's factors. They are kept: slicing costs more than a small matrix product."""
+        found = self._factors[target_index]
+        if found is None:
+            target, layout, grads = self.layout.targets[target_index], self.layout, self.grads
+            found = Factors(
+                layout.a(self.weights, target),
+                layout.b_t(self.weights, target),
+                None if grads is None else layout.a(grads, target),
+                None if grads is None else layout.b_t(grads, target),
+            )
+            self._factors[target_index] = found
+        return found
+
+
+class Segment(NamedTuple):
+    """Rows ``start:end`` of a packed batch belong to ``adapter``."""
+
+    adapter: Adapter
+    start: int
+    end: int
+
+
+def trained_groups(spec: LoraSpec) -> frozenset[Group]:
+    """The groups of targets that a run trains."""
+    flags: list[tuple[Group, bool]] = [
+        ("attn", spec.train_attn),
+        ("mlp", spec.train_mlp),
+        ("unembed", spec.train_unembed),
+    ]
+    return frozenset(group for group, trained in flags if trained)
+
+
+def initialize(layout: AdapterLayout, spec: LoraSpec, weights: torch.Tensor) -> None:
+    """Fill a zeroed block with a fresh adapter: A uniform in +-1/sqrt(in_features), B zero.
+
+    Depends on the seed and the layout only, never on the slot or the device. Groups that are not trained stay
+    zero, so they add exactly nothing and have no gradient.
+    """
+    generator = torch.Generator().manual_seed(spec.seed % 2**63)
+    groups = trained_groups(spec)
+    for target in layout.targets:
+        bound = 1 / math.sqrt(target.in_features)
+        a = torch.empty(spec.rank, target.a_width).uniform_(-bound, bound, generator=generator)
+        if target.group in groups:
+            layout.a(weights, target).copy_(a)
+
+
+@dataclass(slots=True)
+class AdapterState:
+    """Everything a run is, outside a slot: blocks ``[rank, row_size]`` in float32 on the CPU.
+
+    grads is None when nothing was accumulated since the last step, moments are None before the first step.
+    """
+
+    spec: LoraSpec
+    weights: torch.Tensor
+    grads: torch.Tensor | None = None
+    exp_avg: torch.Tensor | None = None
+    exp_avg_sq: torch.Tensor | None = None
+    step: int = 0
+
+    def num_bytes(self) -> int:
+        blocks = (self.weights, self.grads, self.exp_avg, self.exp_avg_sq)
+        return sum(block.nbytes for block in blocks if block is not None)
+
+
+class SlotPool:
+    """The training slots. A free slot is all zeros in all four tensors."""
+
+    def __init__(self, layout: AdapterLayout, num_slots: int, max_rank: int, device: torch.device) -> None:
+        self.layout = layout
+        shape = (num_slots, max_rank, layout.row_size)
+        # torch.zeros leaves pages untouched on the CPU, so unused slots and rank rows take no memory.
+        self.weights = torch.zeros(shape, device=device)
+        self.grads = torch.zeros(shape, device=device)
+        self.exp_avg = torch.zeros(shape, device=device)
+        self.exp_avg_sq = torch.zeros(shape, device=device)
+        self.steps = [0] * num_slots
+        self.has_grads = [False] * num_slots
+        self._adapters: list[Adapter | None] = [None] * num_slots
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._adapters)
+
+    def adapter(self, slot: int) -> Adapter:
+        """The adapter in an occupied slot."""
+        found = self._adapters[slot]
+        assert found is not None, f"slot {slot} is free"
+        return found
+
+    def blocks(self, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights, gradients, exp_avg and exp_avg_sq of an occupied slot, each ``[rank, row_size]``."""
+        rank = self.adapter(slot).spec.rank
+        return (
+            self.weights[slot, :rank],
+            self.grads[slot, :rank],
+            self.exp_avg[slot, :rank],
+            self.exp_avg_sq[slot, :rank],
+        )
+
+    def create(self, slot: int, spec: LoraSpec) -> None:
+        """Put a fresh adapter into a free slot."""
+        self._occupy(slot, spec)
+        initialize(self.layout, spec, self.weights[slot, : spec.rank])
+
+    def put(self, slot: int, state: AdapterState) -> None:
+        """Put a saved run into a free slot, exactly as it was."""
+        self._occupy(slot, state.spec)
+        targets = self.blocks(slot)
+        sources = (state.weights, state.grads, state.exp_avg, state.exp_avg_sq)
+        for target, source in zip(targets, sources, strict=True):
+            if source is not None:
+                target.copy_(source)
+        self.steps[slot] = state.step
+        self.has_grads[slot] = state.grads is not None
+
+    def state(self, slot: int, *, grads: bool = True, optimizer: bool = True) -> AdapterState:
+        """A copy of an occupied slot on the CPU, later changes not included."""
+        weights, gradients, exp_avg, exp_avg_sq = self.blocks(slot)
+        stepped = optimizer and self.steps[slot] > 0
+        return AdapterState(
+            spec=self.adapter(slot).spec,
+            weights=_host_copy(weights),
+            grads=_host_copy(gradients) if grads and self.has_grads[slot] else None,
+            exp_avg=_host_copy(exp_avg) if stepped else None,
+            exp_avg_sq=_host_copy(exp_avg_sq) if stepped else None,
+            step=self.steps[slot] if optimizer else 0,
+        )
+
+    def free(self, slot: int) -> None:
+        """Scrub a slot. Freeing a free slot does nothing."""
+        if self._adapters[slot] is None:
+            return
+        for block in self.blocks(slot):
+            block.zero_()
+        self._adapters[slot] = None
+        self.steps[slot] = 0
+        self.has_grads[slot] = False
+
+    def clear_grads(self, slot: int) -> None:
+        self.grads[slot, : self.adapter(slot).spec.rank].zero_()
+        self.has_grads[slot] = False
+
+    def _occupy(self, slot: int, spec: LoraSpec) -> None:
+        assert self._adapters[slot] is None, f"slot {slot} is taken"
+        assert spec.rank <= self.weights.shape[1]
+        rank = spec.rank
+        self._adapters[slot] = Adapter(
+            self.layout, spec, self.weights[slot, :rank], self.grads[slot, :rank]
+        )
+
+
+def _host_copy(block: torch.Tensor) -> torch.Tensor:
+    return block.to("cpu", copy=True)
