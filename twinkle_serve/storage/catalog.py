@@ -1,0 +1,202 @@
+"""The catalogue: which sessions, runs, samplers and checkpoints exist, kept in a SQL database.
+
+Knows tables, rows and where a checkpoint's directory lies. Does not know scheduling, tenancy rules or what
+is in a checkpoint. One writer; nothing here is on the path of a poll or a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import sqlalchemy as sa
+
+from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.storage import checkpoints
+from twinkle_serve.storage.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
+
+_log = logging.getLogger(__name__)
+_MAX_SEGMENT_BYTES = 200
+Record = SessionRecord | RunRecord | SamplerRecord | CheckpointRecord
+
+# Each table is its key, the tenant, and the whole record as JSON: a field that a later version adds with a
+# default needs no migration.
+_metadata = sa.MetaData()
+
+
+def _table(name: str, *keys: str) -> sa.Table:
+    columns = [sa.Column(key, sa.String(255), primary_key=True) for key in keys]
+    return sa.Table(
+        name, _metadata, *columns, sa.Column("tenant", sa.String(255)), sa.Column("record", sa.Text)
+    )
+
+
+_TABLES: dict[type[Record], sa.Table] = {
+    SessionRecord: _table("sessions", "session_id"),
+    RunRecord: _table("runs", "run_id"),
+    SamplerRecord: _table("samplers", "sampler_id"),
+    CheckpointRecord: _table("checkpoints", "run_id", "kind", "name"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contents:
+    """Everything in the catalogue, each in the order of creation."""
+
+    sessions: tuple[SessionRecord, ...]
+    runs: tuple[RunRecord, ...]
+    samplers: tuple[SamplerRecord, ...]
+    checkpoints: tuple[CheckpointRecord, ...]
+
+
+class Catalog:
+    """Rows of one database, and checkpoint directories below ``root``. A write is durable on return."""
+
+    def __init__(self, root: str | Path, url: str | None = None) -> None:
+        """Open or create. ``url``: any SQLAlchemy URL; None means SQLite below ``root``."""
+        self._checkpoints = Path(root).absolute() / "checkpoints"
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self._engine = _open(url or f"sqlite:///{Path(root).absolute() / 'catalog.sqlite'}")
+        _metadata.create_all(self._engine)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def put_session(self, record: SessionRecord) -> None:
+        self._put(record)
+
+    def put_run(self, record: RunRecord) -> None:
+        self._put(record)
+
+    def put_sampler(self, record: SamplerRecord) -> None:
+        self._put(record)
+
+    def put_checkpoint(self, record: CheckpointRecord) -> None:
+        """List a checkpoint; call it once its directory is whole."""
+        self._put(record)
+
+    def delete_checkpoint(self, run_id: str, kind: str, name: str) -> None:
+        """Take a checkpoint out of the list; its directory is remove_directory's business."""
+        table = _TABLES[CheckpointRecord]
+        with self._engine.begin() as connection:
+            connection.execute(table.delete().where(*_key(table, run_id, kind, name)))
+
+    def set_checkpoint(
+        self, run_id: str, kind: str, name: str, *, public: bool, expires_at: float | None
+    ) -> None:
+        """Change what may change of a listed checkpoint. Raises KeyError if it is not listed."""
+        table = _TABLES[CheckpointRecord]
+        with self._engine.begin() as connection:
+            row = connection.execute(
+                sa.select(table.c.record).where(*_key(table, run_id, kind, name))
+            ).first()
+            if row is None:
+                raise KeyError((run_id, kind, name))
+            tree = {**json.loads(row.record), "public": public, "expires_at": expires_at}
+            change = table.update().where(*_key(table, run_id, kind, name))
+            connection.execute(change.values(record=json.dumps(tree)))
+
+    def load_all(self) -> Contents:
+        """Everything, after clearing up behind a crash: leftovers of killed writers are swept, and a
+        checkpoint whose files are not all there leaves the list with a line in the log."""
+        for path in checkpoints.sweep(self._checkpoints):
+            _log.warning("swept %s, left by a writer that was killed", path)
+        return Contents(
+            tuple(self._load(SessionRecord)),
+            tuple(self._load(RunRecord)),
+            tuple(self._load(SamplerRecord)),
+            tuple(whole for record in self._load(CheckpointRecord) if (whole := self._checked(record))),
+        )
+
+    def directory_for(self, run_id: str, kind: str, name: str) -> str:
+        """Where that checkpoint lies or would lie: always below root. Raises ValueError if a part cannot
+        be a file name."""
+        return str(self._checkpoints.joinpath(_segment(run_id), _segment(kind), _segment(name)))
+
+    def remove_directory(self, directory: str | Path) -> None:
+        """Delete a checkpoint's files; nothing happens if they are gone."""
+        path = Path(directory)
+        assert path.resolve().is_relative_to(self._checkpoints.resolve()), path
+        checkpoints.remove_checkpoint(path)
+
+    def files(self, directory: str | Path) -> dict[str, int]:
+        """Relative name to size in bytes of every file of a checkpoint. Raises CheckpointError."""
+        sizes = {name: entry["size"] for name, entry in checkpoints.read_manifest(directory)["files"].items()}
+        sizes[checkpoints.MANIFEST] = (Path(directory) / checkpoints.MANIFEST).stat().st_size
+        return sizes
+
+    def _put(self, record: Record) -> None:
+        table = _TABLES[type(record)]
+        tree = dataclasses.asdict(record)
+        values = {column.name: tree[column.name] for column in table.primary_key}
+        with self._engine.begin() as connection:
+            connection.execute(table.delete().where(*_key(table, *values.values())))
+            row = {**values, "tenant": record.tenant, "record": json.dumps(tree)}
+            connection.execute(table.insert().values(row))
+
+    def _load(self, kind: type[Any]) -> list[Any]:
+        with self._engine.connect() as connection:
+            rows = connection.execute(sa.select(_TABLES[kind].c.record)).scalars().all()
+        return sorted((_record(kind, json.loads(row)) for row in rows), key=lambda record: record.created_at)
+
+    def _checked(self, record: CheckpointRecord) -> CheckpointRecord | None:
+        """The record with what is really on disk, or None when the checkpoint is not whole.
+
+        The directory is derived anew, so that a root can be moved; and a writer that died between replacing
+        a checkpoint and listing it leaves the old size in the row.
+        """
+        directory = self.directory_for(record.run_id, record.kind, record.name)
+        try:
+            checkpoints.check_sizes(directory)
+        except checkpoints.CheckpointError as error:
+            _log.error(
+                "dropped checkpoint %s/%s/%s from the list: %s",
+                record.run_id,
+                record.kind,
+                record.name,
+                error,
+            )
+            self.delete_checkpoint(record.run_id, record.kind, record.name)
+            return None
+        return dataclasses.replace(
+            record, directory=directory, size_bytes=sum(self.files(directory).values())
+        )
+
+
+def _open(url: str) -> sa.Engine:
+    engine = sa.create_engine(url)
+    if engine.dialect.name == "sqlite":
+
+        @sa.event.listens_for(engine, "connect")
+        def _durable(connection: Any, _: Any) -> None:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA busy_timeout=10000")
+
+    return engine
+
+
+def _key(table: sa.Table, *values: str) -> list[sa.ColumnElement[bool]]:
+    return [column == value for column, value in zip(table.primary_key, values, strict=True)]
+
+
+def _record(kind: type[Any], tree: Mapping[str, Any]) -> Any:
+    values = dict(tree)
+    if "spec" in values:
+        values["spec"] = LoraSpec(**values["spec"])
+    return kind(**values)
+
+
+def _segment(part: str) -> str:
+    """One path segment for any text, different for different texts; never hidden, ``.`` or ``..``."""
+    encoded = quote(part, safe="")
+    if encoded.startswith("."):
+        encoded = "%2E" + encoded[1:]
+    if not 0 < len(encoded) <= _MAX_SEGMENT_BYTES:
+        raise ValueError(f"{part[:80]!r} cannot name a checkpoint: 1 to {_MAX_SEGMENT_BYTES} bytes")
+    return encoded

@@ -1,0 +1,212 @@
+"""Checkpoint directories that are whole or absent: atomic writing, replacing, checking, sweeping.
+
+Knows files, sha256s and the manifest that lists them. Does not know what the files mean (engine/) nor who
+owns them (catalog.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
+_PREVIOUS = ".previous"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class CheckpointError(Exception):
+    """Base of what can be wrong with a checkpoint on disk. The message says which file and why.
+
+    CheckpointError
+    +-- CheckpointMissingError  no such directory, or no manifest in it
+    +-- CheckpointDamagedError  a file is missing, cut short, or changed since it was written
+    """
+
+
+class CheckpointMissingError(CheckpointError):
+    pass
+
+
+class CheckpointDamagedError(CheckpointError):
+    pass
+
+
+def write_checkpoint(
+    directory: str | Path,
+    files: Mapping[str, bytes | Callable[[Path], None]],
+    manifest: Mapping[str, Any],
+) -> int:
+    """Put a checkpoint at ``directory``, whole and durable, replacing one that is there already.
+
+    files: plain file name to its bytes, or to a function that writes them at the path it is given.
+    manifest: JSON values; ``files`` with sha256 and size of each is added. Returns the size in bytes.
+    Whatever dies meanwhile, ``directory`` stays what it was or becomes the new checkpoint.
+    """
+    assert "files" not in manifest
+    assert MANIFEST not in files
+    target = Path(directory)
+    _make_directories(target.parent)
+    partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex}")
+    partial.mkdir()
+    with _locked(partial):
+        try:
+            listed = {name: _write_file(partial, name, content) for name, content in files.items()}
+            document = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
+            _write_file(partial, MANIFEST, document)
+            _fsync(partial)
+            _install(partial, target)
+        finally:
+            # After an exchange the partial name holds the replaced checkpoint.
+            shutil.rmtree(partial, ignore_errors=True)
+    return sum(entry["size"] for entry in listed.values()) + len(document)
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises CheckpointError."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        assert isinstance(manifest["files"], dict)
+        return manifest
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointMissingError(f"no checkpoint at {directory}: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise CheckpointDamagedError(f"{path} is not a readable manifest") from None
+
+
+def check_sizes(directory: str | Path) -> dict[str, Any]:
+    """The manifest, once every file it lists is found with its size. Cheap; raises CheckpointError."""
+    manifest = read_manifest(directory)
+    for name, entry in manifest["files"].items():
+        path = Path(directory) / name
+        if not path.is_file():
+            raise CheckpointDamagedError(f"{path} is missing")
+        if path.stat().st_size != entry["size"]:
+            raise CheckpointDamagedError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
+    return manifest
+
+
+def verify(directory: str | Path) -> dict[str, Any]:
+    """The manifest, once every file is found with its size and sha256. Raises CheckpointError."""
+    manifest = check_sizes(directory)
+    for name, entry in manifest["files"].items():
+        path = Path(directory) / name
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointDamagedError(f"{path} has changed since it was written: its sha256 differs")
+    return manifest
+
+
+def remove_checkpoint(directory: str | Path) -> None:
+    """Delete a checkpoint; no other process sees a part of it. Nothing happens if it is not there."""
+    target = Path(directory)
+    doomed = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex}")
+    try:
+        os.rename(target, doomed)
+    except FileNotFoundError:
+        return
+    _fsync(target.parent)
+    shutil.rmtree(doomed)
+
+
+def sweep(root: str | Path) -> list[Path]:
+    """Finish what killed writers left below ``root``; a writer that still lives is left alone.
+
+    Returns what was removed or put back.
+    """
+    swept = []
+    for path in sorted(Path(root).glob(f"**/.*{_PREVIOUS}")):
+        target = path.with_name(path.name.removeprefix(".").removesuffix(_PREVIOUS))
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            os.rename(path, target)
+        swept.append(path)
+    for path in sorted(Path(root).glob(f"**/.*{_PARTIAL}*")):
+        with _locked(path, wait=False) as ours:
+            if ours:
+                shutil.rmtree(path)
+                swept.append(path)
+    return swept
+
+
+def _make_directories(path: Path) -> None:
+    if not path.exists():
+        _make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync(path.parent)
+
+
+def _write_file(directory: Path, name: str, content: bytes | Callable[[Path], None]) -> dict[str, Any]:
+    assert re.fullmatch(r"\w[\w.-]*", name), name
+    path = directory / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
+    _fsync(path)
+    return {"sha256": _sha256(path), "size": path.stat().st_size}
+
+
+def _install(partial: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(partial, target)
+    elif not _exchange(partial, target):
+        # A file system without exchange (NFS): two renames; sweep() undoes the first if we die between.
+        previous = target.with_name(f".{target.name}{_PREVIOUS}")
+        os.rename(target, previous)
+        os.rename(partial, target)
+        _fsync(target.parent)
+        shutil.rmtree(previous)
+    _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+@contextmanager
+def _locked(directory: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock that says "its writer lives"; the kernel drops it with the process."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
