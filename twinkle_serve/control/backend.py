@@ -13,6 +13,11 @@ from typing import Any, Protocol
 from twinkle_serve.protocol.data import AdamParams, LoraSpec, SampleRequest
 from twinkle_serve.protocol.work import Failure, ModelInfo
 
+# A request id says what it was for even when the promise is forgotten: a lost sample is answered 410, so
+# that the SDK submits it again; lost training work is not.
+SAMPLING_ID_PREFIX = "sample-"
+TRAINING_ID_PREFIX = "train-"
+
 
 @dataclass(frozen=True, slots=True)
 class Poll:
@@ -20,7 +25,7 @@ class Poll:
 
     done: ``value`` (any protocol.data result, dict, or None) or ``failure``;
     pending: ``queue_state`` ("active", "paused_capacity", "paused_rate_limit") and a reason for the user;
-    gone: the id is unknown or its retention ran out; ``sampling`` tells which answer the SDK needs.
+    gone: the id is unknown or its retention ran out; its prefix tells which answer the SDK needs.
     """
 
     state: str  # "done" | "pending" | "gone"

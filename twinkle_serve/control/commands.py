@@ -1,0 +1,70 @@
+"""What a run can be asked to do, in which order within one tick, and what it costs.
+
+Knows the order in which a tick's fields are executed (protocol.work.Tick). Does not know runs or tenants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from twinkle_serve.control.backend import (
+    Command,
+    LoadCommand,
+    OptimCommand,
+    PassCommand,
+    RejectedCommand,
+    SaveCommand,
+    SnapshotCommand,
+    UnloadCommand,
+)
+from twinkle_serve.control.log import Entry
+from twinkle_serve.protocol.data import LoraSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BirthCommand:
+    """What every run's log begins with: make its adapter, fresh or from the checkpoint at ``path``."""
+
+    spec: LoraSpec
+    path: str | None = None
+    optimizer: bool = False
+
+
+RunCommand = Command | BirthCommand
+RunEntry = Entry[RunCommand]
+
+
+class Stage(IntEnum):
+    """How far one run has got within a tick; a tick does these in this order."""
+
+    START = 0
+    LOAD = 1
+    PASS = 2
+    OPTIM = 3
+    SAVE = 4
+    CLOSED = 5
+
+
+def next_stage(stage: Stage, command: RunCommand) -> Stage | None:
+    """The run's stage once ``command`` joins its part of the tick, or None if it has to wait for the
+    next tick because this one would execute it out of order."""
+    match command:
+        case RejectedCommand():
+            return stage
+        case BirthCommand() | UnloadCommand():
+            # Alone: what follows must see whether there is an adapter at all.
+            return Stage.CLOSED if stage is Stage.START else None
+        case LoadCommand():
+            return Stage.LOAD if stage <= Stage.LOAD else None
+        case PassCommand():
+            return Stage.PASS if stage <= Stage.PASS else None
+        case OptimCommand():
+            return Stage.OPTIM if stage < Stage.OPTIM else None
+        case SaveCommand() | SnapshotCommand():
+            return Stage.SAVE if stage <= Stage.SAVE else None
+
+
+def num_tokens(command: RunCommand) -> int:
+    """What the command takes from a tick's token budget: only passes do."""
+    return sum(command.lengths) if isinstance(command, PassCommand) else 0

@@ -1,0 +1,119 @@
+"""One run's command log: numbered requests in, the same requests in order out.
+
+Knows seq_ids, gaps and duplicates. Does not know what a command does, when it runs or how it is answered.
+
+A client numbers the requests of a run 1, 2, 3, ... and may deliver them in another order: the first chunk
+of a split batch arrives last. A request waits ("parked") until all smaller numbers are there. A number
+that never comes would hold up its successors for ever, so after ``gap_timeout_s`` they fail, the log goes
+on behind them, and the missing request fails too if it turns up after all: running it then would apply
+it to a state that its sender never had in mind.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from twinkle_serve.protocol.work import Failure
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[C]):
+    """A command and the promise that it will settle."""
+
+    seq_id: int
+    request_id: str
+    command: C
+
+
+class CommandLog(Generic[C]):
+    """``ready`` holds the commands whose turn has come; whoever executes them takes from its left."""
+
+    def __init__(self, gap_timeout_s: float, first_seq_id: int = 1) -> None:
+        self.ready: deque[Entry[C]] = deque()
+        self._gap_timeout_s = gap_timeout_s
+        self._next = first_seq_id
+        self._highest = first_seq_id - 1
+        self._parked: dict[int, Entry[C]] = {}
+        self._request_ids: dict[int, str] = {}
+        self._gap_since: float | None = None
+
+    def original(self, seq_id: int | None) -> str | None:
+        """The request id that this seq_id was given when it first came, or None if it is new."""
+        return None if seq_id is None else self._request_ids.get(seq_id)
+
+    def append(self, seq_id: int | None, request_id: str, command: C, now: float) -> Failure | None:
+        """Take in a request that ``original`` does not know. None for seq_id means after all others.
+
+        Returns why the request must fail at once, or None if it waits its turn.
+        """
+        if seq_id is None:
+            seq_id = self._highest + 1
+        self._request_ids[seq_id] = request_id
+        if seq_id < self._next:
+            return Failure(f"seq_id {seq_id} comes too late: the run has already gone on past it")
+        self._highest = max(self._highest, seq_id)
+        self._parked[seq_id] = Entry(seq_id, request_id, command)
+        self._release(now)
+        return None
+
+    def prepend(self, request_id: str, command: C) -> None:
+        """Make ``command`` the first of a log that is still empty; it has no seq_id of its own."""
+        assert not self.ready and not self._parked
+        self.ready.append(Entry(self._next - 1, request_id, command))
+
+    @property
+    def deadline(self) -> float | None:
+        """When ``expire`` will have something to say if the gap stays open; None without a gap."""
+        return None if self._gap_since is None else self._gap_since + self._gap_timeout_s
+
+    @property
+    def missing(self) -> int | None:
+        """The seq_id that parked requests wait for, or None if none waits."""
+        return self._next if self._parked else None
+
+    def expire(self, now: float) -> list[tuple[str, Failure]]:
+        """Give up a gap that has been open for too long: who fails, in order of seq_id."""
+        deadline = self.deadline
+        if deadline is None or now < deadline:
+            return []
+        failed = [
+            (entry.request_id, self._gap_failure(seq_id)) for seq_id, entry in sorted(self._parked.items())
+        ]
+        self._parked.clear()
+        self._gap_since = None
+        self._next = self._highest + 1
+        return failed
+
+    def drain(self) -> list[str]:
+        """Empty the log; the ids of all requests that were ready or parked, in order."""
+        entries = [*self.ready, *(entry for _, entry in sorted(self._parked.items()))]
+        self.ready.clear()
+        self._parked.clear()
+        self._gap_since = None
+        self._next = self._highest + 1
+        return [entry.request_id for entry in entries]
+
+    def forget(self, seq_id: int) -> None:
+        """Stop recognising duplicates of a request whose result nobody can ask for any more."""
+        self._request_ids.pop(seq_id, None)
+
+    def _release(self, now: float) -> None:
+        moved = False
+        while (entry := self._parked.pop(self._next, None)) is not None:
+            self.ready.append(entry)
+            self._next += 1
+            moved = True
+        if not self._parked:
+            self._gap_since = None
+        elif moved or self._gap_since is None:
+            self._gap_since = now
+
+    def _gap_failure(self, seq_id: int) -> Failure:
+        return Failure(
+            f"seq_id {self._next} did not arrive within {self._gap_timeout_s:g} s, "
+            f"so the request with seq_id {seq_id} was not run"
+        )

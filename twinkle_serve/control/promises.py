@@ -1,0 +1,109 @@
+"""The table of promises: every accepted request is pending until it has a value or a failure, for good.
+
+Knows owners, waiters and retention. Does not know what was promised or what a value is.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, TRAINING_ID_PREFIX, Poll
+from twinkle_serve.protocol.work import Failure
+
+GONE = Poll("gone")
+_PENDING = Poll("pending")
+Waiter = Callable[[], object]
+
+
+def random_token() -> str:
+    """128 random bits as text that fits into a URL."""
+    return secrets.token_urlsafe(16)
+
+
+@dataclass(slots=True)
+class Promise:
+    """``origin`` is whatever its maker wants back from ``sweep``."""
+
+    request_id: str
+    tenant: str
+    origin: Hashable
+    poll: Poll = _PENDING
+    waiters: dict[int, Waiter] = field(default_factory=dict)
+
+
+class PromiseTable:
+    """Settled promises can be polled again and again until ``retention_s`` after settling: a response
+    that got lost on its way is asked for a second time."""
+
+    def __init__(self, retention_s: float, new_token: Callable[[], str] = random_token) -> None:
+        self._retention_s = retention_s
+        self._new_token = new_token
+        self._promises: dict[str, Promise] = {}
+        self._settled: deque[tuple[float, str]] = deque()
+        self._num_waiters = 0
+        self.num_pending = 0
+
+    def __len__(self) -> int:
+        return len(self._promises)
+
+    def open(self, tenant: str, origin: Hashable, sampling: bool = False) -> str:
+        """A new pending promise. The id cannot be guessed, and its prefix tells sampling from training
+        even when the promise itself is long forgotten."""
+        request_id = f"{SAMPLING_ID_PREFIX if sampling else TRAINING_ID_PREFIX}{self._new_token()}"
+        assert request_id not in self._promises
+        self._promises[request_id] = Promise(request_id, tenant, origin)
+        self.num_pending += 1
+        return request_id
+
+    def look(self, tenant: str, request_id: str) -> Poll:
+        """What the owner sees now. Another tenant's promise is gone, as if it never was."""
+        promise = self._promises.get(request_id)
+        return promise.poll if promise is not None and promise.tenant == tenant else GONE
+
+    def is_pending(self, request_id: str) -> bool:
+        promise = self._promises.get(request_id)
+        return promise is not None and promise.poll.state == "pending"
+
+    def resolve(self, request_id: str, value: Any, now: float) -> None:
+        self._settle(request_id, Poll("done", value=value), now)
+
+    def fail(self, request_id: str, failure: Failure, now: float) -> None:
+        self._settle(request_id, Poll("done", failure=failure), now)
+
+    def fail_all(self, failure: Failure, now: float) -> None:
+        """Settle whatever is still pending."""
+        for request_id in [p.request_id for p in self._promises.values() if p.poll.state == "pending"]:
+            self.fail(request_id, failure, now)
+
+    def subscribe(self, request_id: str, waiter: Waiter) -> Callable[[], None]:
+        """Call ``waiter`` once when the pending promise settles. Returns how to take that back."""
+        promise = self._promises[request_id]
+        assert promise.poll.state == "pending"
+        self._num_waiters += 1
+        key = self._num_waiters
+        promise.waiters[key] = waiter
+        return lambda: promise.waiters.pop(key, None) and None
+
+    def sweep(self, now: float) -> list[Hashable]:
+        """Forget what has been kept long enough; the origins of the forgotten promises."""
+        origins = []
+        while self._settled and self._settled[0][0] + self._retention_s <= now:
+            _, request_id = self._settled.popleft()
+            origins.append(self._promises.pop(request_id).origin)
+        return origins
+
+    def _settle(self, request_id: str, poll: Poll, now: float) -> None:
+        # The first answer stands: a cancelled sample may still come in, a lost tick may still report.
+        promise = self._promises.get(request_id)
+        if promise is None or promise.poll.state != "pending":
+            return
+        promise.poll = poll
+        self.num_pending -= 1
+        self._settled.append((now, request_id))
+        waiters, promise.waiters = promise.waiters, {}
+        for waiter in waiters.values():
+            waiter()
