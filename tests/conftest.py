@@ -1,0 +1,73 @@
+"""Fixtures shared by all tests: tiny models, each built once a machine, and free ports.
+
+Importing this imports no torch; a model's builder does, when a test asks for the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two spinning threads cost more than they give
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def models_root() -> Path:
+    """Where built models are kept between runs; TWINKLE_MODELS moves it."""
+    return Path(os.environ.get("TWINKLE_MODELS", REPOSITORY / "models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(models_root: Path) -> Path:
+    """Random Qwen3-MoE: 350 words, 2 layers of 64, 4 experts of which 2 answer."""
+    from twinkle_serve.testing.models import build_tiny_qwen3_moe
+
+    return build_tiny_qwen3_moe(models_root)
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_qwen_vocab(models_root: Path) -> Path:
+    """The same with Qwen3's real tokenizer and 151,936 words."""
+    from twinkle_serve.testing.models import QWEN3_VOCAB_SIZE, build_tiny_qwen3_moe
+
+    return build_tiny_qwen3_moe(models_root, vocab_size=QWEN3_VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(models_root: Path) -> Path:
+    """Random dense Qwen3: 350 words, 2 layers of 64."""
+    from twinkle_serve.testing.models import build_tiny_qwen3
+
+    return build_tiny_qwen3(models_root)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(models_root: Path) -> Path:
+    """Random Llama with a tied unembedding: 350 words, 2 layers of 64."""
+    from twinkle_serve.testing.models import build_tiny_llama
+
+    return build_tiny_llama(models_root, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2(models_root: Path) -> Path:
+    """SmolLM2-135M-Instruct; slow to build the first time (a 93 MB download)."""
+    from twinkle_serve.testing.models import build_smollm2
+
+    return build_smollm2(models_root)
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Call it for a loopback port that nobody listens on."""
+    from twinkle_serve.testing.server import free_port
+
+    return free_port
