@@ -1,0 +1,202 @@
+"""The JSON requests besides forward and asample, as lenient models with the server's defaults.
+
+Old clients omit fields or send null, new ones send fields we never heard of: all are welcome. Knows shapes
+and ranges of single requests. Does not know tenants or what exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twinkle_serve.protocol.data import AdamParams, LoraSpec
+from twinkle_serve.protocol.errors import UserError
+
+MAX_RANK = 32
+MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
+
+Metadata = dict[str, Any]
+Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
+Model = TypeVar("Model", bound="Lenient")
+
+
+class Lenient(BaseModel):
+    """Unknown fields are ignored, and a null counts as a field that was not sent."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: item for key, item in value.items() if item is not None}
+        return value
+
+
+class CreateSession(Lenient):
+    tags: list[str] = []
+    user_metadata: Metadata = {}
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class Heartbeat(Lenient):
+    session_id: str
+
+
+class FinishSession(Lenient):
+    reason: Metadata = {"type": "success"}
+    detail: str | None = None
+
+
+class LoraConfig(Lenient):
+    rank: int
+    seed: int = 0
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+    def as_spec(self, max_rank: int) -> LoraSpec:
+        """Raises UserError for a rank that is not served or when nothing would be trained."""
+        if not 1 <= self.rank <= max_rank:
+            raise UserError(f"lora_config.rank is {self.rank}; 1 to {max_rank} are possible")
+        if not (self.train_attn or self.train_mlp or self.train_unembed):
+            raise UserError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
+        return LoraSpec(self.rank, fold_seed(self.seed), self.train_attn, self.train_mlp, self.train_unembed)
+
+
+class CreateModel(Lenient):
+    session_id: str
+    model_seq_id: int = Field(ge=0)
+    base_model: str
+    user_metadata: Metadata = {}
+    lora_config: LoraConfig
+    optimizer_config: Metadata = {}
+
+
+class GetInfo(Lenient):
+    model_id: str
+
+
+class Adam(Lenient):
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def as_params(self) -> AdamParams:
+        """Raises UserError naming the number that is out of range."""
+        for name, value, low, high in (
+            ("learning_rate", self.learning_rate, 0.0, math.inf),
+            ("beta1", self.beta1, 0.0, 1.0),
+            ("beta2", self.beta2, 0.0, 1.0),
+            ("eps", self.eps, 0.0, math.inf),
+            ("weight_decay", self.weight_decay, 0.0, math.inf),
+        ):
+            if not low <= value < high:
+                rule = "finite and at least 0" if high == math.inf else "at least 0 and below 1"
+                raise UserError(f"adam_params.{name} is {value}; it must be {rule}")
+        if self.eps == 0:
+            raise UserError("adam_params.eps is 0; it must be above 0")
+        if not math.isfinite(self.grad_clip_norm):
+            raise UserError(f"adam_params.grad_clip_norm is {self.grad_clip_norm}; it must be finite")
+        clip = max(0.0, self.grad_clip_norm)
+        return AdamParams(self.learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay, clip)
+
+
+class OptimStep(Lenient):
+    params: Metadata = Field(
+        default={}, validation_alias=AliasChoices("adam_params", "optimizer_params", "optim_params")
+    )
+
+    def as_params(self) -> AdamParams:
+        kind = self.params.get("type", "adamw")
+        if kind not in ("adam", "adamw"):
+            raise UserError(f"optimizer_params.type {kind!r:.40} is not served; adamw is")
+        return read(Adam, self.params, "adam_params").as_params()
+
+
+class SaveWeights(Lenient):
+    path: str | None = None
+    ttl_seconds: Ttl | None = None
+    overwrite: bool = False
+    user_metadata: Metadata = {}
+
+
+class SaveForSampler(SaveWeights):
+    sampling_session_seq_id: int | None = Field(None, ge=0)
+    kind: str = "snapshot"
+
+
+class SaveExternal(SaveWeights):
+    age_encryption_recipients: list[str] = []
+
+
+class LoadWeights(Lenient):
+    """Both forms: into a new run (session_id, model_seq_id) or into a living one (model_id)."""
+
+    path: str
+    optimizer: bool = False
+    session_id: str | None = None
+    model_seq_id: int | None = Field(None, ge=0)
+    base_model: str | None = None
+    user_metadata: Metadata = {}
+    optimizer_config: Metadata = {}
+
+
+class CreateSamplingSession(Lenient):
+    session_id: str
+    sampling_session_seq_id: int = Field(ge=0)
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class WeightsInfo(Lenient):
+    tinker_path: str
+
+
+class SetTtl(Lenient):
+    ttl_seconds: Ttl | None = None
+
+
+class RequestId(Lenient):
+    request_id: str
+
+
+def read(model: type[Model], body: Mapping[str, Any], prefix: str = "") -> Model:
+    """``body`` as ``model``. Raises UserError naming each field that is wrong."""
+    try:
+        return model.model_validate(dict(body))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors(include_url=False, include_context=False, include_input=False)[:5]:
+            place = ".".join(str(part) for part in (prefix, *item["loc"]) if part != "")
+            problems.append(f"{place or 'body'}: {item['msg']}")
+        raise UserError("; ".join(problems)) from None
+
+
+def check_optimizer(config: Mapping[str, Any]) -> None:
+    """Raises UserError unless ``config`` selects AdamW."""
+    kind = config.get("type", "adamw")
+    if kind != "adamw":
+        raise UserError(f"optimizer_config.type {kind!r:.40} is not served; adamw is")
+
+
+def fold_seed(seed: int) -> int:
+    """Any Python integer as one of 0..2^63-1, small ones unchanged."""
+    return seed % 2**63
+
+
+def as_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata with string values, as listings must show it; other values in their JSON form."""
+    return {
+        str(key): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in metadata.items()
+    }

@@ -1,0 +1,165 @@
+"""An ``asample`` body to one checked SampleRequest.
+
+Knows fields, defaults and ranges. Does not know samplers, nor what stops a sample when the client does not
+say: the caller passes the model's end-of-sequence ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from twinkle_serve.protocol.batch import check_token_range
+from twinkle_serve.protocol.data import SampleRequest, SamplingParams
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.requests import Lenient, fold_seed, read
+from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
+
+MAX_STOPS = 64
+MAX_TOPK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLimits:
+    """What a model can do: ids below vocab_size, prompt and answer together max_length tokens."""
+
+    vocab_size: int
+    max_length: int
+    eos_token_ids: Sequence[int]
+    max_num_samples: int = 256
+
+
+class _Sample(Lenient):
+    num_samples: int = 1
+    prompt: Any = None
+    sampling_params: dict[str, Any] = {}
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Any = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+
+
+class _Params(Lenient):
+    max_tokens: int | None = None
+    seed: int | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop: Any = None
+
+
+def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleRequest:
+    """Raises UserError naming the field and the limit."""
+    sample = read(_Sample, body)
+    prompt = _prompt(sample.prompt, limits)
+    _in_range("num_samples", sample.num_samples, 1, limits.max_num_samples)
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        _in_range(name, getattr(sample, name), 0, min(MAX_TOPK, limits.vocab_size))
+    last_n = sample.prompt_logprobs_last_n
+    if last_n is not None:
+        _in_range("prompt_logprobs_last_n", last_n, 1, max(1, prompt.size - 1))
+    return SampleRequest(
+        prompt=prompt,
+        params=_params(sample.sampling_params, limits),
+        num_samples=sample.num_samples,
+        prompt_logprobs=sample.prompt_logprobs,
+        topk_prompt_logprobs=sample.topk_prompt_logprobs,
+        topk_sample_logprobs=sample.topk_sample_logprobs,
+        target_prompt_tokens=_targets(sample.target_prompt_logprobs, prompt.size, limits),
+        prompt_alt_tokens_k=sample.prompt_alt_tokens_k,
+        prompt_logprobs_last_n=last_n,
+    )
+
+
+def _prompt(prompt: Any, limits: SampleLimits) -> npt.NDArray[np.int32]:
+    try:
+        tokens = text_tokens_from_json(prompt)
+    except UserError as error:
+        raise UserError(f"prompt {error}") from None
+    if tokens.size == 0:
+        raise UserError("prompt is empty; at least one token is needed")
+    # One token is always drawn, so the prompt must leave room for it.
+    if tokens.size >= limits.max_length:
+        raise UserError(
+            f"prompt has {tokens.size} tokens; with one token of answer at most "
+            f"{limits.max_length} fit the context"
+        )
+    wrong = check_token_range(tokens, limits.vocab_size)
+    if wrong is not None:
+        raise UserError(
+            f"prompt token {wrong} is {tokens[wrong]}, outside the vocabulary 0..{limits.vocab_size - 1}"
+        )
+    return tokens.astype(np.int32)
+
+
+def _params(values: Mapping[str, Any], limits: SampleLimits) -> SamplingParams:
+    params = read(_Params, values, "sampling_params")
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise UserError(f"sampling_params.max_tokens is {params.max_tokens}; it must be at least 1")
+    if not math.isfinite(params.temperature) or params.temperature < 0:
+        raise UserError(f"sampling_params.temperature is {params.temperature}; it must be finite and >= 0")
+    if not 0 < params.top_p <= 1:
+        raise UserError(f"sampling_params.top_p is {params.top_p}; it must be above 0 and at most 1")
+    # null counts as absent, so the list that was really sent is looked at.
+    stop_ids, stop_strings = _stops(params.stop, limits)
+    return SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=max(-1, min(params.top_k, limits.vocab_size)),
+        top_p=params.top_p,
+        seed=None if params.seed is None else fold_seed(params.seed),
+        stop_token_ids=stop_ids,
+        stop_strings=stop_strings,
+    )
+
+
+def _stops(stop: Any, limits: SampleLimits) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Absent: the model's own end of sequence. A list replaces it; an empty list stops nothing."""
+    if stop is None:
+        return tuple(limits.eos_token_ids), ()
+    stops = [stop] if isinstance(stop, str) else stop
+    where = "sampling_params.stop"
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise UserError(f"{where} must be a string or a list of up to {MAX_STOPS} strings or token ids")
+    if all(type(item) is int for item in stops):
+        for item in stops:
+            _in_range(where, item, 0, limits.vocab_size - 1)
+        return tuple(stops), ()
+    if all(isinstance(item, str) and item for item in stops):
+        return (), tuple(stops)
+    raise UserError(f"{where} must hold non-empty strings only, or token ids only")
+
+
+def _targets(value: Any, prompt_size: int, limits: SampleLimits) -> npt.NDArray[np.int64] | None:
+    """target_prompt_logprobs: int64 [P-1, K]; -1 asks for nothing, as does what CSR does not list."""
+    if value is None:
+        return None
+    name = "target_prompt_logprobs"
+    if prompt_size < 2:
+        raise UserError(f"{name} needs a prompt of at least two tokens")
+    try:
+        tensor = tensor_from_json(value)
+        if tensor.values.dtype.kind != "i":
+            raise UserError("must be int64")
+        # Unlisted CSR entries become 0, a real token id: shift so that 0 means "nothing asked".
+        shifted = type(tensor)(tensor.values + 1, tensor.shape, tensor.crow, tensor.col)
+        rows, width = shifted.as_rows(prompt_size - 1, prompt_size * MAX_TOPK)
+        if not width:
+            raise UserError(f"must have shape [{prompt_size - 1}, K]")
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
+    if check_token_range(rows, limits.vocab_size + 1) is not None:
+        raise UserError(f"{name} holds an id outside -1..{limits.vocab_size - 1}")
+    return (rows - 1).reshape(prompt_size - 1, width)
+
+
+def _in_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value}; {low} to {high} are possible")
