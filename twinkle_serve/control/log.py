@@ -62,7 +62,8 @@ class CommandLog(Generic[C]):
 
     def prepend(self, request_id: str, command: C) -> None:
         """Make ``command`` the first of a log that is still empty; it has no seq_id of its own."""
-        assert not self.ready and not self._parked
+        assert not self.ready
+        assert not self._parked
         self.ready.append(Entry(self._next - 1, request_id, command))
 
     @property
@@ -87,15 +88,6 @@ class CommandLog(Generic[C]):
         self._gap_since = None
         self._next = self._highest + 1
         return failed
-
-    def drain(self) -> list[str]:
-        """Empty the log; the ids of all requests that were ready or parked, in order."""
-        entries = [*self.ready, *(entry for _, entry in sorted(self._parked.items()))]
-        self.ready.clear()
-        self._parked.clear()
-        self._gap_since = None
-        self._next = self._highest + 1
-        return [entry.request_id for entry in entries]
 
     def forget(self, seq_id: int) -> None:
         """Stop recognising duplicates of a request whose result nobody can ask for any more."""

@@ -1,0 +1,53 @@
+"""Samples that wait to be admitted to the group's decoder: one queue a tenant, taken in turn.
+
+Knows how many sequences are being decoded. Does not know prompts or adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+S = TypeVar("S")
+
+
+class SampleQueue(Generic[S]):
+    """Holds back what the decoder has no room for, so that two thousand samples of one tenant do not
+    stand before the first of another."""
+
+    def __init__(self, max_sequences: int) -> None:
+        self._max_sequences = max_sequences
+        self._tenants: dict[str, dict[str, tuple[int, S]]] = {}  # whose turn it is first
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._tenants
+
+    def push(self, tenant: str, request_id: str, num_sequences: int, sample: S) -> None:
+        self._tenants.setdefault(tenant, {})[request_id] = (num_sequences, sample)
+
+    def remove(self, tenant: str, request_id: str) -> S | None:
+        """Take back a sample that was not admitted yet; None if it was."""
+        queue = self._tenants.get(tenant, {})
+        item = queue.pop(request_id, None)
+        if item is not None and not queue:
+            del self._tenants[tenant]
+        return None if item is None else item[1]
+
+    def take(self, num_active: int) -> list[S]:
+        """Admit samples, one of each tenant in turn, while there is room beside ``num_active`` sequences.
+        A request larger than the whole room goes when nothing is active."""
+        taken: list[S] = []
+        while self._tenants:
+            tenant = next(iter(self._tenants))
+            queue = self._tenants[tenant]
+            request_id = next(iter(queue))
+            num_sequences, sample = queue[request_id]
+            if num_active and num_active + num_sequences > self._max_sequences:
+                break
+            num_active += num_sequences
+            taken.append(sample)
+            del queue[request_id]
+            del self._tenants[tenant]
+            if queue:
+                self._tenants[tenant] = queue
+        return taken

@@ -1,0 +1,217 @@
+"""Which commands make up the next tick: fair between tenants, in order within a run, together if it pays.
+
+Knows logs, token costs and who was in step with whom. Does not know slots, payloads or how a tick is run.
+
+Fairness is deficit round robin with an infinitesimal quantum: each tenant has an account of the tokens it
+was served, divided by its weight, and the next request is always one of the tenant with the least. A
+tenant that was idle comes back at the level of those who were not, so nobody saves up credit. A request
+that no longer fits into a tick waits for the next one, at whose start the budget is whole; one that is
+larger than the whole budget is served when nothing else is in the tick.
+
+Company: two clients that each send forward_backward and optim_step share a pass only if both are there
+when it starts. So before a pass starts, runs that were in the last pass and have nothing ready now get a
+few milliseconds to come back. Work without passes (optimizer steps, saves) never waits: its answers are
+what those clients are waiting for.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from twinkle_serve.control.backend import PassCommand
+from twinkle_serve.control.commands import RunCommand, RunEntry, Stage, next_stage, num_tokens
+from twinkle_serve.control.log import CommandLog
+
+
+@dataclass(slots=True)
+class RunWork:
+    """The part of one run in one tick: its next commands, in an order that the tick keeps."""
+
+    run_id: str
+    tenant: str
+    entries: list[RunEntry] = field(default_factory=list)
+    stage: Stage = Stage.START
+
+    @property
+    def has_pass(self) -> bool:
+        return any(isinstance(entry.command, PassCommand) for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What to run now, maybe nothing; ``company_until``: when to ask again because passes wait for
+    company (None: whenever something new comes)."""
+
+    work: tuple[RunWork, ...]
+    company_until: float | None = None
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """``runs`` are those with something ready, the longest waiting first."""
+
+    name: str
+    weight: float
+    served: float = 0.0
+    turn: int = 0
+    runs: dict[str, CommandLog[RunCommand]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Fill:
+    """A tick while it is being filled."""
+
+    tokens_left: int
+    passes: bool
+    slot_charge: float
+    work: dict[str, RunWork] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
+class Planner:
+    """Plans one group's ticks, one at a time: ``next``, run it, ``finished``."""
+
+    def __init__(
+        self,
+        *,
+        tick_tokens: int,
+        max_runs: int,
+        company_wait_s: float,
+        weight: Callable[[str], float] = lambda tenant: 1.0,
+        blocked: Callable[[RunEntry], bool] = lambda entry: False,
+    ) -> None:
+        """max_runs: runs in one tick, i.e. slots. blocked: whether a command must not start yet."""
+        self._tick_tokens = tick_tokens
+        self._max_runs = max_runs
+        self._company_wait_s = company_wait_s
+        self._weight = weight
+        self._blocked = blocked
+        self._tenants: dict[str, _Tenant] = {}
+        self._queued: dict[str, CommandLog[RunCommand]] = {}
+        self._running: dict[str, tuple[str, CommandLog[RunCommand]]] = {}
+        self._in_step: set[str] = set()
+        self._waiting_since: float | None = None
+        self._floor = 0.0
+        self._turns = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queued)
+
+    def ready(self, tenant_name: str, run_id: str, log: CommandLog[RunCommand]) -> None:
+        """Something was added to ``log.ready``."""
+        if not log.ready or run_id in self._queued or run_id in self._running:
+            return
+        tenant = self._tenants.get(tenant_name)
+        if tenant is None:
+            tenant = self._tenants[tenant_name] = _Tenant(tenant_name, self._weight(tenant_name))
+        if not tenant.runs:
+            tenant.served = max(tenant.served, self._floor)
+        tenant.runs[run_id] = self._queued[run_id] = log
+
+    def next(self, now: float) -> Window:
+        """Take the commands of the next tick out of the logs. Call ``finished`` before the next call."""
+        assert not self._running
+        company_until = self._company_until(now)
+        fill = _Fill(self._tick_tokens, company_until is None, self._slot_charge())
+        self._fill(fill)
+        for work in fill.work.values():
+            tenant = self._tenants[work.tenant]
+            self._running[work.run_id] = (work.tenant, tenant.runs.pop(work.run_id))
+            del self._queued[work.run_id]
+        if fill.num_tokens:
+            self._in_step = {work.run_id for work in fill.work.values() if work.has_pass}
+            self._waiting_since = None
+        return Window(tuple(fill.work.values()), company_until)
+
+    def finished(self) -> None:
+        """The last window is over; its runs may have more."""
+        running, self._running = self._running, {}
+        for run_id, (tenant, log) in running.items():
+            self.ready(tenant, run_id, log)
+
+    def leave(self, run_id: str) -> None:
+        """The run is not coming back for a pass soon: nobody waits for it."""
+        self._in_step.discard(run_id)
+
+    # company --------------------------------------------------------------------------------------
+
+    def _company_until(self, now: float) -> float | None:
+        """Until when passes wait, or None if they may start now."""
+        waiting = sum(num_tokens(log.ready[0].command) for log in self._queued.values())
+        absent = self._in_step - self._queued.keys()
+        if not absent or waiting == 0 or waiting >= self._tick_tokens:
+            self._waiting_since = None
+            return None
+        if self._waiting_since is None:
+            self._waiting_since = now
+        until = self._waiting_since + self._company_wait_s
+        return until if now < until else None
+
+    # fairness -------------------------------------------------------------------------------------
+
+    def _slot_charge(self) -> float:
+        # With more runs than slots, a slot is what is scarce, and tiny requests must pay for theirs.
+        return self._tick_tokens / self._max_runs if len(self._queued) > self._max_runs else 0.0
+
+    def _fill(self, fill: _Fill) -> None:
+        cursors = {name: _Cursor(iter(t.runs.items())) for name, t in self._tenants.items() if t.runs}
+        heap = [(t.served, t.turn, t.name) for t in self._tenants.values() if t.runs]
+        heapq.heapify(heap)
+        while heap:
+            _, _, name = heapq.heappop(heap)
+            tenant = self._tenants[name]
+            if self._serve(tenant, cursors[name], fill):
+                heapq.heappush(heap, (tenant.served, tenant.turn, name))
+
+    def _serve(self, tenant: _Tenant, cursor: _Cursor, fill: _Fill) -> bool:
+        """Take the tenant's next command; False if no other of its commands fits into this tick."""
+        while cursor.run is not None:
+            run_id, log = cursor.run
+            if self._take(tenant, run_id, log, fill):
+                return True
+            cursor.advance()
+        return False
+
+    def _take(self, tenant: _Tenant, run_id: str, log: CommandLog[RunCommand], fill: _Fill) -> bool:
+        if not log.ready:
+            return False
+        entry = log.ready[0]
+        work = fill.work.get(run_id)
+        stage = next_stage(work.stage if work else Stage.START, entry.command)
+        cost = num_tokens(entry.command)
+        fits = cost <= fill.tokens_left or fill.num_tokens == 0
+        if stage is None or not fits or (cost and not fill.passes) or self._blocked(entry):
+            return False
+        charge = float(cost)
+        if work is None:
+            if len(fill.work) == self._max_runs:
+                return False
+            work = fill.work[run_id] = RunWork(run_id, tenant.name)
+            charge += fill.slot_charge
+        work.entries.append(log.ready.popleft())
+        work.stage = stage
+        fill.num_tokens += cost
+        fill.tokens_left -= cost
+        self._charge(tenant, charge)
+        return True
+
+    def _charge(self, tenant: _Tenant, charge: float) -> None:
+        self._floor = max(self._floor, tenant.served)
+        tenant.served += charge / tenant.weight
+        if charge:
+            self._turns += 1
+            tenant.turn = self._turns
+
+
+class _Cursor:
+    """The run of a tenant from which the tick takes next."""
+
+    def __init__(self, runs: Iterator[tuple[str, CommandLog[RunCommand]]]) -> None:
+        self._runs = runs
+        self.run = next(runs, None)
+
+    def advance(self) -> None:
+        self.run = next(self._runs, None)
