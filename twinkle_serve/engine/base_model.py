@@ -1,0 +1,259 @@
+"""The frozen base model: loaded from a directory, with LoRA layers and packed attention put in place.
+
+Knows Hugging Face's model classes and where LoRA applies in them. Does not know slots' contents, losses,
+or how a model directory came to this machine (hub/).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine import attention, experts
+from twinkle_serve.engine.attention import Attend, AttentionSwitch, PackedCausal
+from twinkle_serve.engine.layers import LoraLinear, Segments
+from twinkle_serve.engine.layout import AdapterLayout, Group, Target
+from twinkle_serve.protocol.work import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+_LINEAR_GROUPS: dict[str, Group] = {
+    "q_proj": "attn",
+    "k_proj": "attn",
+    "v_proj": "attn",
+    "o_proj": "attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+class UnsupportedModel(ValueError):
+    """The model directory is not one that this engine can serve; the message says why."""
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """A loaded base model.
+
+    head_target: index of the unembedding in ``layout.targets``. The head itself is not wrapped: its logits
+    are only ever computed in chunks (logprobs.py).
+    """
+
+    model: PreTrainedModel
+    info: ModelInfo
+    layout: AdapterLayout
+    segments: Segments
+    attention: AttentionSwitch
+    head_target: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def hidden_states(
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Final hidden states [T, H] of packed int64 rows [T]. The LoRA segments must be set.
+
+        The embeddings are made a leaf that requires grad: with a frozen base nothing else would, and the
+        backward passes of the LoRA layers would never run.
+        """
+        self.attention.attend = attend
+        embeddings = self.model.get_input_embeddings()(token_ids.unsqueeze(0))
+        if torch.is_grad_enabled():
+            embeddings = embeddings.detach().requires_grad_()
+        out = self.model.base_model(
+            inputs_embeds=embeddings, position_ids=position_ids.unsqueeze(0), use_cache=False
+        )
+        return out.last_hidden_state[0]
+
+
+def load_base_model(config: ModelConfig, directory: Path) -> BaseModel:
+    """Load and prepare the model in ``directory``.
+
+    Raises UnsupportedModel for a directory without a usable config or with an architecture whose logits the
+    packed path does not reproduce, and OSError for missing or damaged weight files.
+    """
+    device = _device(config)
+    dtype = _dtype(config, device)
+    _set_threads(config)
+    model_config = _read_config(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, config=model_config, dtype=dtype)
+    model.to(device).requires_grad_(False)
+    model.eval()
+    probe = _probe_tokens(model)
+    with torch.no_grad():
+        expected = model(input_ids=probe.unsqueeze(0), use_cache=False).logits[0].float()
+    base = prepare(model, config, directory, device, dtype)
+    _verify(base, probe, expected)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints only in training mode; there is no dropout to switch on
+    return base
+
+
+def prepare(
+    model: PreTrainedModel, config: ModelConfig, directory: Path, device: torch.device, dtype: torch.dtype
+) -> BaseModel:
+    """Put LoRA layers and packed attention into a loaded model."""
+    segments, switch = Segments(), AttentionSwitch()
+    targets = _attach(model, segments, switch)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModel(f"{type(model).__name__}: the unembedding is not a linear layer")
+    targets.append(Target("linear", "lm_head", "unembed", head.in_features, head.out_features))
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    model.config._experts_implementation = experts.IMPLEMENTATION
+    return BaseModel(
+        model=model,
+        info=_info(model, config, directory),
+        layout=AdapterLayout.build(targets),
+        segments=segments,
+        attention=switch,
+        head_target=len(targets) - 1,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch) -> list[Target]:
+    """Replace linear layers by LoRA layers and mark experts and attention modules; returns the targets."""
+    targets: list[Target] = []
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    for index, layer in enumerate(layers):
+        found: set[str] = set()
+        for name, module in list(layer.named_modules()):
+            path = f"{prefix}.{index}.{name}"
+            leaf = name.rpartition(".")[2]
+            if isinstance(module, nn.Linear) and leaf in _LINEAR_GROUPS:
+                _wrap_linear(layer, name, module, path, segments, targets)
+                found.add(leaf)
+            elif _is_fused_experts(module):
+                _mark_experts(module, path, segments, targets)
+                found.add("experts")
+            if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
+                module.twinkle_attention = switch  # type: ignore[assignment]
+        if not found >= _ATTENTION or not found & {"experts", "down_proj"}:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: decoder layer {index} has no separate q_proj, k_proj, v_proj, o_proj "
+                f"and gate/up/down projections or fused experts; served are Llama, Mistral, Qwen2, Qwen3 and "
+                f"Qwen3-MoE like architectures"
+            )
+    return targets
+
+
+def _wrap_linear(
+    layer: nn.Module, name: str, module: nn.Linear, path: str, segments: Segments, targets: list[Target]
+) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    group = _LINEAR_GROUPS[leaf]
+    wrapped = LoraLinear(module, segments, group, len(targets))
+    setattr(layer.get_submodule(parent_name), leaf, wrapped)
+    targets.append(Target("linear", path, group, module.in_features, module.out_features))
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    gate_up = getattr(module, "gate_up_proj", None)
+    return isinstance(gate_up, nn.Parameter) and gate_up.dim() == 3
+
+
+def _mark_experts(module: nn.Module, path: str, segments: Segments, targets: list[Target]) -> None:
+    plain = getattr(module, "is_concatenated", True) and getattr(module, "has_gate", True)
+    odd = getattr(module, "is_transposed", False) or getattr(module, "has_bias", False)
+    if not plain or odd:
+        raise UnsupportedModel(f"{path}: transposed, interleaved or biased fused experts are not served")
+    gate_up: nn.Parameter = module.gate_up_proj  # type: ignore[assignment]
+    num_experts, double_inner, hidden = gate_up.shape
+    inner, first = double_inner // 2, len(targets)
+    targets += [
+        Target("expert_gate", path, "mlp", hidden, inner, num_experts),
+        Target("expert_up", path, "mlp", hidden, inner, num_experts),
+        Target("expert_down", path, "mlp", inner, hidden, num_experts),
+    ]
+    module.twinkle_targets = experts.ExpertTargets(segments, first, first + 1, first + 2)  # type: ignore[assignment]
+
+
+def _info(model: PreTrainedModel, config: ModelConfig, directory: Path) -> ModelInfo:
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    if config.max_context_length is not None:
+        limit = min(limit, config.max_context_length) if limit else config.max_context_length
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config, "eos_token_id", None)
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    is_local = not config.path.startswith("ms://")
+    return ModelInfo(
+        name=config.name,
+        arch=type(model).__name__,
+        tokenizer_id=str(directory.resolve()) if is_local else config.path.removeprefix("ms://"),
+        vocab_size=int(model.config.vocab_size),
+        max_context_length=limit,
+        max_rank=config.max_rank,
+        max_slots=config.max_resident_adapters,
+        eos_token_ids=eos_ids,
+    )
+
+
+def _read_config(directory: Path) -> object:
+    if not (directory / "config.json").is_file():
+        raise UnsupportedModel(f"{directory} holds no config.json; it is not a Hugging Face model directory")
+    config = AutoConfig.from_pretrained(directory)
+    if getattr(config, "auto_map", None):
+        raise UnsupportedModel(f"{directory} needs code of its own (auto_map); that is not run here")
+    return config
+
+
+def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, int(model.config.vocab_size), (7,), generator=generator).to(model.device)
+
+
+def _verify(base: BaseModel, probe: torch.Tensor, expected: torch.Tensor) -> None:
+    """The packed path must give the model's own logits, for the probe alone and beside another sequence."""
+    length = len(probe)
+    token_ids = torch.cat([probe.flip(0)[:3], probe])
+    positions = torch.cat([torch.arange(3), torch.arange(length)]).to(base.device)
+    base.segments.set({})
+    with torch.no_grad():
+        hidden = base.hidden_states(token_ids, positions, PackedCausal([3, length]))
+        logits = base.head(hidden[3:]).float()
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
+    error = ((logits - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    if not error <= tolerance:
+        raise UnsupportedModel(
+            f"{base.info.arch}: packed logits differ from the model's own by {error:.2g} (limit {tolerance})"
+        )
+    logger.info("packed forward agrees with %s within %.1e", base.info.arch, error)
+
+
+def _device(config: ModelConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def _set_threads(config: ModelConfig) -> None:
+    """Ray sets OMP_NUM_THREADS=1 for actors without a CPU reservation, which would halve a local server."""
+    torch.set_num_threads(config.num_threads or max(1, (os.cpu_count() or 1) // config.ranks))
