@@ -1,0 +1,176 @@
+"""Named checkpoints: who may see them, which names are taken, when one expires, and when files may go.
+
+Knows records, pins and the catalogue. Does not know how a checkpoint is written or read.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from twinkle_serve.control.backend import Invalid, NotFound
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.paths import CheckpointPath, parse_path, validate_name
+from twinkle_serve.storage.records import CheckpointRecord
+
+if TYPE_CHECKING:
+    from twinkle_serve.storage.catalog import Catalog
+
+MIN_TTL_S = 3600
+MAX_TTL_S = 10 * 365 * 86400
+Key = tuple[str, str, str]
+
+
+def check_ttl(ttl_seconds: int | None) -> None:
+    """Raises UserError unless it is None (never expires) or between an hour and ten years."""
+    if ttl_seconds is not None and not MIN_TTL_S <= ttl_seconds <= MAX_TTL_S:
+        raise UserError(f"ttl_seconds {ttl_seconds} is not between {MIN_TTL_S} and {MAX_TTL_S}")
+
+
+def key_of(record: CheckpointRecord) -> Key:
+    return record.run_id, record.kind, record.name
+
+
+def path_of(key: Key) -> str:
+    return str(CheckpointPath(*key))
+
+
+class Checkpoints:
+    """All listed checkpoints. Files of one that is pinned (being loaded or sampled from) outlive its
+    removal from the list until the last pin is gone."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._records: dict[Key, CheckpointRecord] = {}
+        self._by_run: dict[str, dict[Key, None]] = {}
+        self._by_tenant: dict[str, dict[Key, None]] = {}
+        self._saving: Counter[Key] = Counter()
+        self._pins: Counter[str] = Counter()
+        self._doomed: set[str] = set()
+        self._expiry: list[tuple[float, Key]] = []
+
+    def restore(self, record: CheckpointRecord) -> None:
+        key = key_of(record)
+        for index in (
+            self._by_run.setdefault(record.run_id, {}),
+            self._by_tenant.setdefault(record.tenant, {}),
+        ):
+            index.pop(key, None)
+            index[key] = None
+        self._records[key] = record
+        if record.expires_at is not None:
+            heapq.heappush(self._expiry, (record.expires_at, key))
+
+    # saving ---------------------------------------------------------------------------------------
+
+    def reserve(self, run_id: str, kind: str, name: str, overwrite: bool) -> str:
+        """Take a name for a save that starts now; the directory to write. Raises UserError."""
+        key = (run_id, kind, validate_name(name))
+        if not overwrite and (key in self._records or self._saving[key]):
+            raise UserError(f"checkpoint {path_of(key)} exists already; pass overwrite=True to replace it")
+        directory = str(self._catalog.directory_for(*key))
+        if directory in self._doomed:
+            raise UserError(f"checkpoint {path_of(key)} was deleted but is still being read; try again later")
+        self._saving[key] += 1
+        return directory
+
+    def commit(self, record: CheckpointRecord) -> None:
+        """The save is on disk: list it."""
+        self.release(key_of(record))
+        self._catalog.put_checkpoint(record)
+        self.restore(record)
+
+    def release(self, key: Key) -> None:
+        """The save is over, well or not."""
+        self._saving[key] -= 1
+        if not self._saving[key]:
+            del self._saving[key]
+
+    def is_saving(self, path: str) -> bool:
+        """Whether a save to that path is under way; whoever wants to read it should wait."""
+        try:
+            parsed = parse_path(path)
+        except UserError:
+            return False
+        return (parsed.run_id, parsed.kind, parsed.name) in self._saving
+
+    # reading --------------------------------------------------------------------------------------
+
+    def find(self, tenant: str, path: str) -> CheckpointRecord:
+        """The tenant's own checkpoint, or anybody's published one. Raises NotFound, Invalid."""
+        record = self._records.get(_key(path))
+        if record is None or not (record.public or record.tenant == tenant):
+            raise NotFound(f"checkpoint {path!r} does not exist")
+        return record
+
+    def owned(self, tenant: str, path: str) -> CheckpointRecord:
+        record = self._records.get(_key(path))
+        if record is None or record.tenant != tenant:
+            raise NotFound(f"checkpoint {path!r} does not exist")
+        return record
+
+    def of_run(self, run_id: str) -> list[CheckpointRecord]:
+        """Newest first."""
+        return [self._records[key] for key in reversed(self._by_run.get(run_id, {}))]
+
+    def of_tenant(self, tenant: str) -> list[CheckpointRecord]:
+        """Newest first."""
+        return [self._records[key] for key in reversed(self._by_tenant.get(tenant, {}))]
+
+    def pin(self, directory: str) -> None:
+        self._pins[directory] += 1
+
+    def unpin(self, directory: str) -> None:
+        self._pins[directory] -= 1
+        if not self._pins[directory]:
+            del self._pins[directory]
+            if directory in self._doomed:
+                self._doomed.remove(directory)
+                self._catalog.remove_directory(directory)
+
+    # changing -------------------------------------------------------------------------------------
+
+    def publish(self, record: CheckpointRecord, public: bool) -> None:
+        if record.public != public:
+            self._update(replace(record, public=public))
+
+    def set_ttl(self, record: CheckpointRecord, ttl_seconds: int | None, now: float) -> None:
+        check_ttl(ttl_seconds)
+        expires_at = None if ttl_seconds is None else now + ttl_seconds
+        self._update(replace(record, expires_at=expires_at))
+        if expires_at is not None:
+            heapq.heappush(self._expiry, (expires_at, key_of(record)))
+
+    def delete(self, record: CheckpointRecord) -> None:
+        """Take it out of the list at once; its files go when nobody reads them."""
+        key = key_of(record)
+        del self._records[key]
+        del self._by_run[record.run_id][key]
+        del self._by_tenant[record.tenant][key]
+        self._catalog.delete_checkpoint(*key)
+        if self._pins[record.directory]:
+            self._doomed.add(record.directory)
+        elif not self._saving[key]:  # an overwriting save brings its own files there
+            self._catalog.remove_directory(record.directory)
+
+    def expire(self, now: float) -> None:
+        """Delete what is past its time. A changed or cancelled time left a stale entry: skip it."""
+        while self._expiry and self._expiry[0][0] <= now:
+            expires_at, key = heapq.heappop(self._expiry)
+            record = self._records.get(key)
+            if record is not None and record.expires_at == expires_at:
+                self.delete(record)
+
+    def _update(self, record: CheckpointRecord) -> None:
+        self._records[key_of(record)] = record
+        self._catalog.set_checkpoint(*key_of(record), public=record.public, expires_at=record.expires_at)
+
+
+def _key(path: str) -> Key:
+    try:
+        parsed = parse_path(path)
+    except UserError as error:
+        raise Invalid(str(error)) from None
+    return parsed.run_id, parsed.kind, parsed.name

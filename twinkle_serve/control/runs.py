@@ -1,0 +1,103 @@
+"""Training runs: who owns them, their logs, and whether there is an adapter behind them.
+
+Knows tenants and records. Does not know slots, promises or ticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from twinkle_serve.control.backend import NotFound
+from twinkle_serve.control.commands import RunCommand
+from twinkle_serve.control.log import CommandLog
+from twinkle_serve.protocol.work import Failure
+from twinkle_serve.storage.records import RunRecord
+
+# Persisting every request's time would put the disk on the path of each; a listing can be a minute off.
+_SAVE_EVERY_S = 60.0
+
+
+@dataclass(slots=True)
+class Run:
+    """down: why there is no adapter to work on (yet unborn runs included), or None."""
+
+    record: RunRecord
+    log: CommandLog[RunCommand]
+    down: Failure | None = None
+    saved_at: float = 0.0
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def tenant(self) -> str:
+        return self.record.tenant
+
+
+def run_id_for(session_id: str, model_seq_id: int) -> str:
+    """Part of the protocol: the SDK computes it by itself."""
+    return f"{session_id}:train:{model_seq_id}"
+
+
+class Runs:
+    """All runs of all tenants. ``save`` is called with each record that changed."""
+
+    def __init__(self, gap_timeout_s: float, save: Callable[[RunRecord], object]) -> None:
+        self._gap_timeout_s = gap_timeout_s
+        self._save = save
+        self._runs: dict[str, Run] = {}
+        self._by_tenant: dict[str, list[str]] = {}
+
+    def create(self, record: RunRecord) -> Run:
+        run = self._add(record, Failure("the run's adapter is not made yet", "server"))
+        self._save_record(run)
+        return run
+
+    def restore(self, record: RunRecord) -> Run:
+        """A run of an earlier life of this server: listed, but its adapter is gone."""
+        message = (
+            f"run {record.run_id} lost its adapter when the server restarted; load one of its checkpoints"
+        )
+        return self._add(record, Failure(message, "server"))
+
+    def get(self, tenant: str, run_id: str) -> Run:
+        run = self._runs.get(run_id)
+        if run is None or run.tenant != tenant:
+            raise NotFound(f"training run {run_id!r} does not exist")
+        return run
+
+    def find(self, run_id: str) -> Run | None:
+        """Whoever owns it."""
+        return self._runs.get(run_id)
+
+    def usable(self, tenant: str, run_id: str, now: float) -> Run:
+        """The run, if it takes commands; asking counts as its latest request."""
+        run = self.get(tenant, run_id)
+        if run.record.unloaded:
+            raise NotFound(f"training run {run_id!r} was unloaded; only its checkpoints remain")
+        run.record = replace(run.record, last_request_at=now)
+        if now - run.saved_at >= _SAVE_EVERY_S:
+            self._save_record(run)
+        return run
+
+    def unload(self, run: Run) -> None:
+        run.down = Failure(f"training run {run.run_id} was unloaded")
+        run.record = replace(run.record, unloaded=True)
+        self._save_record(run)
+
+    def of_tenant(self, tenant: str) -> list[Run]:
+        """Newest first."""
+        return [self._runs[run_id] for run_id in reversed(self._by_tenant.get(tenant, []))]
+
+    def _add(self, record: RunRecord, down: Failure) -> Run:
+        assert record.run_id not in self._runs
+        run = Run(record, CommandLog(self._gap_timeout_s), down, record.last_request_at)
+        self._runs[record.run_id] = run
+        self._by_tenant.setdefault(record.tenant, []).append(record.run_id)
+        return run
+
+    def _save_record(self, run: Run) -> None:
+        run.saved_at = run.record.last_request_at
+        self._save(run.record)

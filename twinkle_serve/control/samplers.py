@@ -1,0 +1,115 @@
+"""Sampling sessions: what each samples from, its requests so far, and which snapshots are kept.
+
+Knows tenants and counts requests in flight. Does not know how a sample is drawn or where weights lie.
+
+Clients never release a sampler, and reinforcement learning makes one a step. So of a run's snapshots the
+newest few are kept, and older ones only while requests on them are in flight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from twinkle_serve.control.backend import NotFound
+from twinkle_serve.storage.records import SamplerRecord
+
+
+@dataclass(slots=True)
+class Sampler:
+    """requests: seq_id to (request id, sequence ids) of what came already. evicted: its snapshot is gone."""
+
+    record: SamplerRecord
+    requests: dict[int, tuple[str, list[str]]] = field(default_factory=dict)
+    num_in_flight: int = 0
+    evicted: bool = False
+
+
+def sampler_id_for(session_id: str, sampling_session_seq_id: int) -> str:
+    return f"{session_id}:sample:{sampling_session_seq_id}"
+
+
+class Samplers:
+    """All samplers of all tenants. ``save`` is called with each new record."""
+
+    def __init__(self, snapshots_per_run: int, save: Callable[[SamplerRecord], object]) -> None:
+        self._snapshots_per_run = snapshots_per_run
+        self._save = save
+        self._samplers: dict[str, Sampler] = {}
+        self._by_session: dict[str, list[str]] = defaultdict(list)
+        self._snapshots: dict[str, list[str]] = defaultdict(list)  # by run, the oldest first
+        self._retired: set[str] = set()  # to be evicted once nothing is in flight
+
+    def create(self, record: SamplerRecord) -> None:
+        self._save(record)
+        self._add(Sampler(record))
+        if record.run_id is not None:
+            self._snapshots[record.run_id].append(record.sampler_id)
+
+    def restore(self, record: SamplerRecord) -> None:
+        """A sampler of an earlier life of this server: a snapshot did not survive, a checkpoint did."""
+        self._add(Sampler(record, evicted=record.snapshot is not None))
+
+    def exists(self, sampler_id: str) -> bool:
+        return sampler_id in self._samplers
+
+    def get(self, tenant: str, sampler_id: str) -> Sampler:
+        sampler = self._samplers.get(sampler_id)
+        if sampler is None or sampler.record.tenant != tenant:
+            raise NotFound(f"sampling session {sampler_id!r} does not exist")
+        return sampler
+
+    def usable(self, tenant: str, sampler_id: str) -> Sampler:
+        sampler = self.get(tenant, sampler_id)
+        if sampler.evicted or sampler_id in self._retired:
+            raise NotFound(
+                f"sampling session {sampler_id!r} is gone: only the newest {self._snapshots_per_run} "
+                "unnamed snapshots of a run are kept; save the weights under a name to keep them"
+            )
+        return sampler
+
+    def of_session(self, session_id: str) -> list[str]:
+        return list(self._by_session.get(session_id, []))
+
+    def started(self, sampler_id: str) -> None:
+        self._samplers[sampler_id].num_in_flight += 1
+
+    def ended(self, sampler_id: str) -> None:
+        self._samplers[sampler_id].num_in_flight -= 1
+
+    def forget(self, sampler_id: str, seq_id: int) -> None:
+        """Stop recognising duplicates of a request whose result nobody can ask for any more."""
+        self._samplers[sampler_id].requests.pop(seq_id, None)
+
+    def retire(self, run_id: str, keep: int | None = None) -> None:
+        """Leave only the newest snapshots of a run (``keep``; None: the configured number)."""
+        snapshots = self._snapshots.get(run_id, [])
+        surplus = len(snapshots) - (self._snapshots_per_run if keep is None else keep)
+        self._retired.update(snapshots[: max(0, surplus)])
+
+    def evict(self) -> list[str]:
+        """The snapshots that the group may drop now: retired ones that nobody samples from."""
+        idle = sorted(s for s in self._retired if self._samplers[s].num_in_flight == 0)
+        dropped = []
+        for sampler_id in idle:
+            self._retired.remove(sampler_id)
+            sampler = self._samplers[sampler_id]
+            sampler.evicted = True
+            assert sampler.record.run_id is not None
+            assert sampler.record.snapshot is not None
+            self._snapshots[sampler.record.run_id].remove(sampler_id)
+            dropped.append(sampler.record.snapshot)
+        return dropped
+
+    def lose_snapshots(self, base_model: str) -> None:
+        """The group of that model is gone with all snapshots in it."""
+        for run_id, snapshots in list(self._snapshots.items()):
+            if snapshots and self._samplers[snapshots[0]].record.base_model == base_model:
+                for sampler_id in self._snapshots.pop(run_id):
+                    self._samplers[sampler_id].evicted = True
+                    self._retired.discard(sampler_id)
+
+    def _add(self, sampler: Sampler) -> None:
+        self._samplers[sampler.record.sampler_id] = sampler
+        self._by_session[sampler.record.session_id].append(sampler.record.sampler_id)

@@ -1,0 +1,116 @@
+"""Clients' sessions: heartbeats, the numbers handed out within one, and how one ends.
+
+Knows tenants and time. Does not know runs, samplers or what is freed when a session ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from twinkle_serve.control.backend import Invalid, NotFound
+from twinkle_serve.control.promises import random_token
+from twinkle_serve.storage.records import SessionRecord
+
+
+@dataclass(slots=True)
+class Session:
+    """``models`` maps model_seq_id to (run id, request id of its creation); ``samplers`` maps
+    sampling_session_seq_id to the sampler id. Both recognise what a client sends twice."""
+
+    record: SessionRecord
+    last_seen: float
+    models: dict[int, tuple[str, str | None]] = field(default_factory=dict)
+    samplers: dict[int, str] = field(default_factory=dict)
+
+
+class Sessions:
+    """All sessions of all tenants. ``save`` is called with each record that changed."""
+
+    def __init__(
+        self,
+        expiry_s: float,
+        save: Callable[[SessionRecord], object],
+        new_token: Callable[[], str] = random_token,
+    ) -> None:
+        self._expiry_s = expiry_s
+        self._save = save
+        self._new_token = new_token
+        self._sessions: dict[str, Session] = {}
+        self._by_tenant: dict[str, list[str]] = {}
+        self._active: dict[str, Session] = {}  # the longest silent first
+
+    def create(self, tenant: str, info: Mapping[str, Any], now: float) -> str:
+        session_id = f"session-{self._new_token()}"
+        record = SessionRecord(session_id, tenant, now, dict(info))
+        self._save(record)
+        self.restore(record, now)
+        return session_id
+
+    def restore(self, record: SessionRecord, now: float) -> None:
+        """Take in a record. An active session gets a whole expiry to show that its client lives."""
+        session = Session(record, now)
+        self._sessions[record.session_id] = session
+        self._by_tenant.setdefault(record.tenant, []).append(record.session_id)
+        if record.status == "active":
+            self._active[record.session_id] = session
+
+    def get(self, tenant: str, session_id: str) -> Session:
+        session = self._sessions.get(session_id)
+        if session is None or session.record.tenant != tenant:
+            raise NotFound(f"session {session_id!r} does not exist")
+        return session
+
+    def usable(self, tenant: str, session_id: str, now: float) -> Session:
+        """The session, if new runs and samplers may join it; using it counts as a sign of life."""
+        session = self.get(tenant, session_id)
+        if session.record.status == "finished":
+            raise Invalid(f"session {session_id!r} is finished")
+        self._touch(session, now)
+        return session
+
+    def heartbeat(self, tenant: str, session_id: str, now: float) -> bool:
+        """False once the session is finished. An expired one comes back: a laptop was asleep."""
+        session = self.get(tenant, session_id)
+        if session.record.status == "finished":
+            return False
+        self._touch(session, now)
+        return True
+
+    def finish(self, tenant: str, session_id: str, reason: Mapping[str, Any]) -> bool:
+        """The first reason stands; True if this one is it."""
+        session = self.get(tenant, session_id)
+        if session.record.status == "finished":
+            return False
+        self._active.pop(session_id, None)
+        self._set_status(session, "finished", reason)
+        return True
+
+    def expire(self, now: float) -> list[str]:
+        """Mark the sessions that have been silent for too long; their ids."""
+        expired = []
+        while self._active:
+            session_id, session = next(iter(self._active.items()))
+            if now - session.last_seen < self._expiry_s:
+                break
+            del self._active[session_id]
+            self._set_status(session, "expired", None)
+            expired.append(session_id)
+        return expired
+
+    def list(self, tenant: str, limit: int, offset: int) -> list[str]:
+        """A page of the tenant's session ids, newest first."""
+        return self._by_tenant.get(tenant, [])[::-1][offset : offset + limit]
+
+    def _touch(self, session: Session, now: float) -> None:
+        session_id = session.record.session_id
+        session.last_seen = now
+        if session.record.status == "expired":
+            self._set_status(session, "active", None)
+        self._active.pop(session_id, None)
+        self._active[session_id] = session
+
+    def _set_status(self, session: Session, status: str, reason: Mapping[str, Any] | None) -> None:
+        session.record = replace(session.record, status=status, finish_reason=reason)
+        self._save(session.record)
