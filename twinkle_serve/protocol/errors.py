@@ -9,7 +9,7 @@ WireError                            status        what the SDK does with it
 ├── Absent                           404           NotFoundError at once; on a poll ValueError
 ├── Lost                             410           on a sampling poll: the sample is submitted again
 ├── Expired                          410           on a heartbeat: stops sending heartbeats
-└── Unavailable                      503           retried with backoff for five minutes
+└── BackendUnavailable               503           retried with backoff for five minutes; a poll says 408
 
 UserError                            200 + future  RequestFailedError(category="user") from the future; never
                                                    retried. The request's seq_id is spent, in its turn.
@@ -21,12 +21,12 @@ from twinkle_serve.protocol.work import Failure
 
 __all__ = [
     "Absent",
+    "BackendUnavailable",
     "BodyTooLarge",
     "Expired",
     "Lost",
     "MalformedBody",
     "Unauthorized",
-    "Unavailable",
     "UserError",
     "WireError",
 ]
@@ -75,7 +75,7 @@ class Expired(WireError):
     status = 410
 
 
-class Unavailable(WireError):
+class BackendUnavailable(WireError):
     """The control plane is starting, or starting again."""
 
     status = 503

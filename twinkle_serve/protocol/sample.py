@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from twinkle_serve.protocol.batch import check_token_range
 from twinkle_serve.protocol.data import SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.requests import Lenient, fold_seed, read
+from twinkle_serve.protocol.requests import Lenient, Metadata, fold_seed, read
 from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
 
 MAX_STOPS = 64
@@ -37,7 +38,7 @@ class SampleLimits:
 class _Sample(Lenient):
     num_samples: int = 1
     prompt: Any = None
-    sampling_params: dict[str, Any] = {}
+    sampling_params: Metadata = Field(default_factory=dict)
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
@@ -85,12 +86,8 @@ def _prompt(prompt: Any, limits: SampleLimits) -> npt.NDArray[np.int32]:
         raise UserError(f"prompt {error}") from None
     if tokens.size == 0:
         raise UserError("prompt is empty; at least one token is needed")
-    # One token is always drawn, so the prompt must leave room for it.
-    if tokens.size >= limits.max_length:
-        raise UserError(
-            f"prompt has {tokens.size} tokens; with one token of answer at most "
-            f"{limits.max_length} fit the context"
-        )
+    if tokens.size > limits.max_length:
+        raise UserError(f"prompt has {tokens.size} tokens; at most {limits.max_length} are possible")
     wrong = check_token_range(tokens, limits.vocab_size)
     if wrong is not None:
         raise UserError(

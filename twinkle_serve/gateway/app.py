@@ -1,0 +1,51 @@
+"""The HTTP application: every route, and nothing but wiring.
+
+Knows which parts there are. Does not know Ray: cluster code hands in the backend, and how a handle becomes a
+value.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from twinkle_serve import __version__
+from twinkle_serve.config import Config
+from twinkle_serve.control.backend import Backend
+from twinkle_serve.gateway import checkpoints, futures, runs, sampling, service, sessions, training
+from twinkle_serve.gateway.context import Gateway, itself
+from twinkle_serve.gateway.http import install_error_handlers
+from twinkle_serve.gateway.identity import Identity, create_identity
+
+PREFIX = "/api/v1"
+
+
+def create_app(
+    backend_provider: Callable[[], Backend],
+    config: Config,
+    *,
+    resolve: Callable[[Any], Awaitable[Any]] = itself,
+    identity: Identity | None = None,
+    signing_secret: bytes | None = None,
+) -> FastAPI:
+    """The application of one ingress replica.
+
+    backend_provider: called once per request; may raise BackendUnavailable, as may the backend's methods.
+    resolve: turns the value of a finished promise (perhaps a handle) into a protocol.data result.
+    signing_secret: signs download links; all replicas need the same. None: a random one.
+    """
+    app = FastAPI(title="Twinkle Serve", version=__version__, docs_url="/docs", redoc_url=None)
+    app.state.gateway = Gateway(
+        backend_provider=backend_provider,
+        config=config,
+        identity=identity or create_identity(config.auth),
+        signing_secret=signing_secret or secrets.token_bytes(32),
+        resolve=resolve,
+    )
+    install_error_handlers(app)
+    for part in (service, sessions, training, sampling, futures, runs, checkpoints):
+        app.include_router(part.router, prefix=PREFIX)
+    return app

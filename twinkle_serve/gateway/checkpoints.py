@@ -1,0 +1,52 @@
+"""What can be done to one checkpoint: delete, publish, give it a lifetime.
+
+Knows the routes. All of them answer 204 also when there was nothing to change: the SDK takes a 409 for a
+reason to try again for minutes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from twinkle_serve.gateway.context import Authenticated
+from twinkle_serve.gateway.http import describes, no_content
+from twinkle_serve.protocol.paths import parse_path
+from twinkle_serve.protocol.requests import SetTtl, read
+
+router = APIRouter(tags=["checkpoints"], prefix="/training_runs/{run_id}/checkpoints/{kind}/{name}")
+
+
+def tinker_path(run_id: str, kind: str, name: str) -> str:
+    """Raises UserError when the URL does not name a checkpoint."""
+    return str(parse_path(f"tinker://{run_id}/{kind}/{name}"))
+
+
+Path = Annotated[str, Depends(tinker_path)]
+
+
+@router.delete("")
+async def delete(path: Path, call: Authenticated) -> Response:
+    await call.backend.delete_checkpoint(call.tenant, path)
+    return no_content()
+
+
+@router.post("/publish")
+async def publish(path: Path, call: Authenticated) -> Response:
+    await call.backend.publish_checkpoint(call.tenant, path, True)
+    return no_content()
+
+
+@router.delete("/publish")
+async def unpublish(path: Path, call: Authenticated) -> Response:
+    await call.backend.publish_checkpoint(call.tenant, path, False)
+    return no_content()
+
+
+@router.put("/ttl", openapi_extra=describes(SetTtl))
+async def set_ttl(path: Path, request: Request, call: Authenticated) -> Response:
+    body = read(SetTtl, await call.object(request))
+    await call.backend.set_checkpoint_ttl(call.tenant, path, body.ttl_seconds)
+    return no_content()

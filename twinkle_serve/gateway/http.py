@@ -1,0 +1,84 @@
+"""Bodies in and JSON out, the same way on every route.
+
+Knows size limits, encodings and how an error looks. Does not know what a route means.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from twinkle_serve.control.backend import Invalid, NotFound
+from twinkle_serve.protocol.bodies import decompress, parse_object
+from twinkle_serve.protocol.errors import BodyTooLarge, UserError, WireError
+from twinkle_serve.protocol.requests import Lenient
+from twinkle_serve.protocol.results import JSON, dump
+
+logger = logging.getLogger(__name__)
+
+
+def reply(value: Any, status: int = 200) -> Response:
+    """``value`` as JSON with a Content-Length, which the SDK wants to see on a 400."""
+    return Response(dump(value), status, media_type=JSON)
+
+
+def no_content() -> Response:
+    return Response(status_code=204)
+
+
+def refusal(status: int, message: str) -> Response:
+    return reply({"detail": message}, status)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The decompressed body. Raises BodyTooLarge as soon as that is sure, MalformedBody."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise BodyTooLarge(f"the body has {announced} bytes; at most {max_bytes} are accepted")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
+        parts.append(part)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    return decompress(body, request.headers.get("content-encoding"), max_bytes)
+
+
+async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the body; {} when there is none. Raises MalformedBody, BodyTooLarge."""
+    return parse_object(await read_body(request, max_bytes))
+
+
+def describes(model: type[Lenient]) -> dict[str, Any]:
+    """For the API page: handlers read their bodies themselves, so FastAPI cannot see the schema."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"content": {JSON: {"schema": schema}}}}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every error is ``{"detail": text}`` with the status of protocol/errors.py; ours carry no traceback."""
+
+    async def wire_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, WireError)
+        return refusal(error.status, str(error))
+
+    async def bad_request(request: Request, error: Exception) -> Response:
+        return refusal(400, str(error))
+
+    async def not_found(request: Request, error: Exception) -> Response:
+        return refusal(404, str(error) or "not found")
+
+    async def internal(request: Request, error: Exception) -> Response:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return refusal(500, "internal error; the server's log says more")
+
+    app.add_exception_handler(WireError, wire_error)
+    app.add_exception_handler(UserError, bad_request)
+    app.add_exception_handler(Invalid, bad_request)
+    app.add_exception_handler(NotFound, not_found)
+    app.add_exception_handler(Exception, internal)

@@ -1,0 +1,200 @@
+"""Training runs' commands: create, forward_backward, optim_step, save, load, unload.
+
+Decodes and validates; ordering is the control plane's. A request whose run is known but whose content is
+wrong is *accepted* and fails in its turn: the client has already spent its seq_id, and the successors wait
+for that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from twinkle_serve.control.backend import (
+    Command,
+    LoadCommand,
+    OptimCommand,
+    PassCommand,
+    RejectedCommand,
+    SaveCommand,
+    SnapshotCommand,
+    UnloadCommand,
+)
+from twinkle_serve.gateway.context import Authenticated, Call
+from twinkle_serve.gateway.http import describes, reply
+from twinkle_serve.protocol import requests as wire
+from twinkle_serve.protocol.batch import DatumLimits
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.forward import ForwardEnvelope, address, check_pass, parse_json, parse_proto
+from twinkle_serve.protocol.paths import parse_path, validate_name
+from twinkle_serve.protocol.results import PROTOBUF
+
+router = APIRouter(tags=["training"])
+
+
+@router.post("/create_model", openapi_extra=describes(wire.CreateModel))
+async def create_model(request: Request, call: Authenticated) -> Response:
+    body = wire.read(wire.CreateModel, await call.object(request))
+    wire.check_optimizer(body.optimizer_config)
+    request_id = await call.backend.create_model(
+        call.tenant,
+        body.session_id,
+        body.model_seq_id,
+        body.base_model,
+        body.lora_config.as_spec(wire.MAX_RANK),
+        wire.as_strings(body.user_metadata),
+    )
+    return promise(request_id)
+
+
+@router.post("/get_info", openapi_extra=describes(wire.GetInfo))
+async def get_info(request: Request, call: Authenticated) -> Response:
+    body = wire.read(wire.GetInfo, await call.object(request))
+    run = await call.backend.run_info(call.tenant, body.model_id)
+    model = run.model
+    return reply(
+        {
+            "model_id": run.run_id,
+            "model_data": {
+                "arch": model.arch,
+                "model_name": model.name,
+                "tokenizer_id": model.tokenizer_id,
+            },
+            "is_lora": True,
+            "lora_rank": run.spec.rank,
+            "model_name": model.name,
+        }
+    )
+
+
+@router.post("/forward_backward")
+async def forward_backward(request: Request, call: Authenticated) -> Response:
+    """Protobuf or JSON, told by Content-Type; the result's form is told by the poll's Accept."""
+    if PROTOBUF in request.headers.get("content-type", ""):
+        return await _submit_pass(call, parse_proto(await call.body(request)))
+    return await _submit_pass(call, parse_json(await call.object(request), forward_only=False))
+
+
+@router.post("/forward")
+async def forward(request: Request, call: Authenticated) -> Response:
+    """Old SDKs only; newer ones set forward_only."""
+    return await _submit_pass(call, parse_json(await call.object(request), forward_only=True))
+
+
+@router.post("/optim_step", openapi_extra=describes(wire.OptimStep))
+async def optim_step(request: Request, call: Authenticated) -> Response:
+    body = await call.object(request)
+    return await _submit(call, body, lambda: OptimCommand(wire.read(wire.OptimStep, body).as_params()))
+
+
+@router.post("/save_weights", openapi_extra=describes(wire.SaveWeights))
+async def save_weights(request: Request, call: Authenticated) -> Response:
+    body = await call.object(request)
+    return await _submit(call, body, lambda: _save("weights", wire.read(wire.SaveWeights, body)))
+
+
+@router.post("/save_weights_for_sampler", openapi_extra=describes(wire.SaveForSampler))
+async def save_weights_for_sampler(request: Request, call: Authenticated) -> Response:
+    body = await call.object(request)
+    return await _submit(call, body, lambda: _save_for_sampler(body))
+
+
+@router.post("/save_weights_external", openapi_extra=describes(wire.SaveExternal))
+async def save_weights_external(request: Request, call: Authenticated) -> Response:
+    body = await call.object(request)
+    return await _submit(call, body, lambda: _save_external(body))
+
+
+@router.post("/load_weights", openapi_extra=describes(wire.LoadWeights))
+async def load_weights(request: Request, call: Authenticated) -> Response:
+    """Into the run ``model_id``, or, with a session instead of a run, into a new one."""
+    body = await call.object(request)
+    if body.get("model_id") is not None:
+        return await _submit(call, body, lambda: _load(body))
+    load = wire.read(wire.LoadWeights, body)
+    if load.session_id is None or load.model_seq_id is None:
+        raise UserError("load_weights needs model_id, or session_id and model_seq_id")
+    wire.check_optimizer(load.optimizer_config)
+    request_id = await call.backend.create_model_from(
+        call.tenant,
+        load.session_id,
+        load.model_seq_id,
+        str(parse_path(load.path)),
+        load.optimizer,
+        load.base_model,
+        wire.as_strings(load.user_metadata),
+    )
+    return promise(request_id)
+
+
+@router.post("/unload_model")
+async def unload_model(request: Request, call: Authenticated) -> Response:
+    return await _submit(call, await call.object(request), UnloadCommand)
+
+
+def promise(request_id: str, model_id: str | None = None) -> Response:
+    return reply({"request_id": request_id} | ({"model_id": model_id} if model_id else {}))
+
+
+async def _submit(call: Call, body: Mapping[str, Any], build: Callable[[], Command]) -> Response:
+    model_id, seq_id = address(body)
+    return await _submit_to(call, model_id, seq_id, build)
+
+
+async def _submit_pass(call: Call, envelope: ForwardEnvelope) -> Response:
+    limits = await call.datum_limits(envelope.model_id)
+    return await _submit_to(call, envelope.model_id, envelope.seq_id, lambda: _pass(envelope, limits))
+
+
+async def _submit_to(call: Call, model_id: str, seq_id: int | None, build: Callable[[], Command]) -> Response:
+    try:
+        command = build()
+    except UserError as error:
+        command = RejectedCommand(error.as_failure())
+    return promise(await call.backend.submit(call.tenant, model_id, seq_id, command), model_id)
+
+
+def _pass(envelope: ForwardEnvelope, limits: DatumLimits) -> PassCommand:
+    checked = check_pass(envelope, limits)
+    return PassCommand(
+        datums=checked.batch.pack(),
+        lengths=tuple(checked.batch.lengths.tolist()),
+        loss_fn=checked.loss_fn,
+        loss_config=checked.loss_config,
+        backward=checked.backward,
+    )
+
+
+def _save(kind: str, body: wire.SaveWeights) -> SaveCommand:
+    return SaveCommand(
+        kind=kind,
+        name=None if body.path is None else validate_name(body.path),
+        ttl_seconds=body.ttl_seconds,
+        overwrite=body.overwrite,
+        user_metadata=wire.as_strings(body.user_metadata),
+    )
+
+
+def _save_for_sampler(raw: Mapping[str, Any]) -> SaveCommand | SnapshotCommand:
+    body = wire.read(wire.SaveForSampler, raw)
+    if body.path is None and body.sampling_session_seq_id is not None:
+        return SnapshotCommand(body.sampling_session_seq_id)
+    return _save("sampler_weights", body)
+
+
+def _save_external(raw: Mapping[str, Any]) -> SaveCommand:
+    body = wire.read(wire.SaveExternal, raw)
+    if body.age_encryption_recipients:
+        raise UserError("age_encryption_recipients: encrypted exports are not served")
+    if body.path is None:
+        raise UserError("path: an export needs a name")
+    return _save("external_weights", body)
+
+
+def _load(raw: Mapping[str, Any]) -> LoadCommand:
+    body = wire.read(wire.LoadWeights, raw)
+    wire.check_optimizer(body.optimizer_config)
+    return LoadCommand(str(parse_path(body.path)), body.optimizer)
