@@ -83,6 +83,9 @@ class ModelConfig(Strict):
     deterministic: bool = Field(
         False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
     )
+    tick_deadline_s: float = Field(
+        600.0, gt=0, description="a group that has not finished a tick after this is killed and rebuilt, seconds"
+    )
     host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
     sampler: SamplerConfig = SamplerConfig()
     planner: PlannerConfig = PlannerConfig()

@@ -1,0 +1,27 @@
+"""One local Ray for all tests of this directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from twinkle_serve.config import ModelConfig
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the workers to find the stand-in engine
+    import ray
+
+    ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def standin() -> ModelConfig:
+    return ModelConfig(name="tiny", path="standin", device="cpu")
