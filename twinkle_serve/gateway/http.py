@@ -73,6 +73,10 @@ def install_error_handlers(app: FastAPI) -> None:
     async def not_found(request: Request, error: Exception) -> Response:
         return refusal(404, str(error) or "not found")
 
+    async def no_route(request: Request, error: Exception) -> Response:
+        """A wrong method included: to the SDK an endpoint that is not served is one that is not found."""
+        return refusal(404, f"{request.method} {request.url.path} is not served here")
+
     async def internal(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return refusal(500, "internal error; the server's log says more")
@@ -81,4 +85,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(UserError, bad_request)
     app.add_exception_handler(Invalid, bad_request)
     app.add_exception_handler(NotFound, not_found)
+    app.add_exception_handler(404, no_route)
+    app.add_exception_handler(405, no_route)
     app.add_exception_handler(Exception, internal)

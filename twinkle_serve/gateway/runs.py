@@ -16,7 +16,7 @@ from twinkle_serve.gateway.context import Authenticated
 from twinkle_serve.gateway.http import describes, reply
 from twinkle_serve.gateway.sessions import Limit, Offset
 from twinkle_serve.protocol.paths import parse_path
-from twinkle_serve.protocol.requests import WeightsInfo, as_strings, read
+from twinkle_serve.protocol.requests import WeightsInfo, read
 
 router = APIRouter(tags=["runs"])
 # The first SDK whose listings know exported checkpoints; older ones refuse the whole page.
@@ -26,13 +26,13 @@ _KNOWS_EXTERNAL = (0, 38)
 @router.get("/training_runs")
 async def list_runs(call: Authenticated, limit: Limit = 20, offset: Offset = 0) -> Response:
     runs, total = await call.backend.list_runs(call.tenant, limit, offset)
-    page = {"training_runs": [_run(run) for run in runs], "cursor": _cursor(limit, offset, total)}
+    page = {"training_runs": runs, "cursor": _cursor(limit, offset, total)}
     return reply(page)
 
 
 @router.get("/training_runs/{run_id}")
 async def get_run(run_id: str, call: Authenticated) -> Response:
-    return reply(_run(await call.backend.get_run(call.tenant, run_id)))
+    return reply(await call.backend.get_run(call.tenant, run_id))
 
 
 @router.get("/training_runs/{run_id}/checkpoints")
@@ -65,18 +65,7 @@ def client_version(headers: Mapping[str, str]) -> tuple[int, ...] | None:
 def _shown(checkpoints: list[Mapping[str, Any]], request: Request) -> list[Mapping[str, Any]]:
     version = client_version(request.headers)
     knows_all = version is None or version >= _KNOWS_EXTERNAL
-    shown = [_stringify(item) for item in checkpoints]
-    return [item for item in shown if knows_all or item.get("checkpoint_type") != "external"]
-
-
-def _run(run: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _stringify(run)
-
-
-def _stringify(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Clients refuse a listing in which any metadata value is not a string."""
-    metadata = item.get("user_metadata")
-    return {**item, "user_metadata": as_strings(metadata)} if metadata else item
+    return [item for item in checkpoints if knows_all or item.get("checkpoint_type") != "external"]
 
 
 def _cursor(limit: int, offset: int, total: int) -> dict[str, int]:

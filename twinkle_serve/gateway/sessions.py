@@ -43,9 +43,7 @@ async def list_sessions(call: Authenticated, limit: Limit = 20, offset: Offset =
 
 @router.get("/sessions/{session_id}")
 async def get_session(session_id: str, call: Authenticated) -> Response:
-    session = dict(await call.backend.get_session(call.tenant, session_id))
-    session["user_metadata"] = as_strings(session.get("user_metadata") or {})
-    return reply(session)
+    return reply(await call.backend.get_session(call.tenant, session_id))
 
 
 @router.post("/sessions/{session_id}/finish", openapi_extra=describes(FinishSession))
