@@ -6,11 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
+from tinker.proto.response_conv import deserialize_sample_response
+
 from tests.gateway.scripted import MODEL, ScriptedBackend
 from tests.gateway.test_traps_training import forward_result, poll, sample_result
 from tests.protocol import sdk_bodies as sdk
-from tinker.proto.response_conv import deserialize_sample_response
-
 from twinkle_serve.control.backend import Invalid, NotFound, Poll, SnapshotCommand
 from twinkle_serve.control.views import timestamp
 from twinkle_serve.protocol import errors

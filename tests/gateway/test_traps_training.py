@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from tests.gateway.scripted import ScriptedBackend
-from tests.protocol import sdk_bodies as sdk
 from tinker.lib.chunked_fwdbwd_helpers import combine_fwd_bwd_output_results
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
+from tests.gateway.scripted import ScriptedBackend
+from tests.protocol import sdk_bodies as sdk
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import (
     OptimCommand,
