@@ -51,3 +51,9 @@ class SampleQueue(Generic[S]):
             if queue:
                 self._tenants[tenant] = queue
         return taken
+
+    def drain(self) -> list[S]:
+        """Empty the queue; all that waited."""
+        waiting = [sample for queue in self._tenants.values() for _, sample in queue.values()]
+        self._tenants.clear()
+        return waiting

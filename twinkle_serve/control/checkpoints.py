@@ -76,9 +76,11 @@ class Checkpoints:
         self._saving[key] += 1
         return directory
 
-    def commit(self, record: CheckpointRecord) -> None:
+    def commit(self, record: CheckpointRecord, size_bytes: int) -> None:
         """The save is on disk: list it."""
+        record = replace(record, size_bytes=size_bytes)
         self.release(key_of(record))
+        self._doomed.discard(record.directory)
         self._catalog.put_checkpoint(record)
         self.restore(record)
 

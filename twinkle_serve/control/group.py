@@ -23,6 +23,10 @@ class Group(Protocol):
         that the gateway resolves (a Ray ObjectRef). Raises GroupLost when the ranks are gone."""
         ...
 
+    async def rebuild(self) -> ModelInfo:
+        """After GroupLost: start new ranks. Every slot is empty afterwards and nothing is paged out."""
+        ...
+
 
 class GroupLost(Exception):
     """The group's processes died or hung; what was resident in its slots is gone."""

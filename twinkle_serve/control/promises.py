@@ -79,6 +79,14 @@ class PromiseTable:
         for request_id in [p.request_id for p in self._promises.values() if p.poll.state == "pending"]:
             self.fail(request_id, failure, now)
 
+    def lose(self, request_id: str) -> None:
+        """Drop a pending promise: to its owner it is gone, which makes the SDK submit a sample again."""
+        promise = self._promises.get(request_id)
+        if promise is not None and promise.poll.state == "pending":
+            del self._promises[request_id]
+            self.num_pending -= 1
+            self._wake(promise)
+
     def subscribe(self, request_id: str, waiter: Waiter) -> Callable[[], None]:
         """Call ``waiter`` once when the pending promise settles. Returns how to take that back."""
         promise = self._promises[request_id]
@@ -104,6 +112,9 @@ class PromiseTable:
         promise.poll = poll
         self.num_pending -= 1
         self._settled.append((now, request_id))
+        self._wake(promise)
+
+    def _wake(self, promise: Promise) -> None:
         waiters, promise.waiters = promise.waiters, {}
         for waiter in waiters.values():
             waiter()

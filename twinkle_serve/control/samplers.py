@@ -88,9 +88,14 @@ class Samplers:
         surplus = len(snapshots) - (self._snapshots_per_run if keep is None else keep)
         self._retired.update(snapshots[: max(0, surplus)])
 
-    def evict(self) -> list[str]:
-        """The snapshots that the group may drop now: retired ones that nobody samples from."""
-        idle = sorted(s for s in self._retired if self._samplers[s].num_in_flight == 0)
+    def evict(self, base_model: str) -> list[str]:
+        """The snapshots that this model's group may drop now: retired ones that nobody samples from."""
+        retired = (self._samplers[sampler_id] for sampler_id in sorted(self._retired))
+        idle = [
+            sampler.record.sampler_id
+            for sampler in retired
+            if sampler.num_in_flight == 0 and sampler.record.base_model == base_model
+        ]
         dropped = []
         for sampler_id in idle:
             self._retired.remove(sampler_id)

@@ -1,0 +1,389 @@
+"""Turns planned commands into one Tick, and says what each outcome will mean.
+
+Knows runs, names, slots and checkpoint directories. Does not know when ticks run or who waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from twinkle_serve.control.backend import (
+    Invalid,
+    LoadCommand,
+    NotFound,
+    OptimCommand,
+    PassCommand,
+    RejectedCommand,
+    SaveCommand,
+    SnapshotCommand,
+    UnloadCommand,
+)
+from twinkle_serve.control.books import Books
+from twinkle_serve.control.checkpoints import check_ttl, key_of, path_of
+from twinkle_serve.control.commands import BirthCommand, RunEntry
+from twinkle_serve.control.microbatches import Load, pack
+from twinkle_serve.control.planner import Window
+from twinkle_serve.control.residency import Placement, Residency
+from twinkle_serve.control.runs import Run
+from twinkle_serve.control.samplers import sampler_id_for
+from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.work import (
+    CreateAdapter,
+    DropRun,
+    Failure,
+    LoadAdapter,
+    OptimStep,
+    Outcome,
+    Pass,
+    Sample,
+    SaveAdapter,
+    Snapshot,
+    Tick,
+)
+from twinkle_serve.storage.records import CheckpointRecord, SamplerRecord
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _ignore(failure: Failure) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """One request on its way through the group.
+
+    on_value: takes note of success and turns the group's value into the client's. on_failure: takes note.
+    outlives_tick: its outcome may come with a later tick (saves and samples). sample: it is one, of
+    ``num_sequences``; if it gets lost the client may simply submit it again.
+    """
+
+    request_id: str
+    on_value: Callable[[Any], Any] = _same
+    on_failure: Callable[[Failure], None] = _ignore
+    outlives_tick: bool = False
+    num_sequences: int = 0
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A tick in the making. ``flights``: what the group will answer; ``verdicts``: what is decided
+    without it, to be told after what comes before in the run's order."""
+
+    flights: dict[str, Flight] = field(default_factory=dict)
+    verdicts: list[Outcome] = field(default_factory=list)
+    drops: list[DropRun] = field(default_factory=list)
+    creates: list[CreateAdapter] = field(default_factory=list)
+    loads: list[LoadAdapter] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
+    lengths: list[Sequence[int]] = field(default_factory=list)
+    optim_steps: list[OptimStep] = field(default_factory=list)
+    saves: list[SaveAdapter] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+    def microbatches(self, budget: int, deterministic: bool) -> Any:
+        loads = [Load(p.slot, p.backward, n) for p, n in zip(self.passes, self.lengths, strict=True)]
+        return pack(loads, budget, deterministic)
+
+
+Place = Callable[[int], object]
+
+
+class _Refused(Exception):  # noqa: N818
+    """A command that is not run, and the failure that its client gets."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+
+
+class Assembler:
+    """Makes the ticks of one group."""
+
+    def __init__(
+        self, base_model: str, books: Books, residency: Residency, microbatch_tokens: int, deterministic: bool
+    ) -> None:
+        self._base_model = base_model
+        self._books = books
+        self._residency = residency
+        self._microbatch_tokens = microbatch_tokens
+        self._deterministic = deterministic
+        self._drops: list[DropRun] = []
+        self._num_ticks = 0
+
+    def assemble(
+        self,
+        assembly: Assembly,
+        window: Window,
+        samples: Sequence[Sample] = (),
+        cancels: Sequence[str] = (),
+        decode_budget_s: float = 0.0,
+        even_if_empty: bool = False,
+    ) -> Tick | None:
+        """The tick that does all this, or None if nothing needs the group. ``assembly`` is filled on the
+        way, so that a failure in here leaves a list of who is affected."""
+        placed = self._translate(assembly, window)
+        drop_snapshots = self._books.samplers.evict(self._base_model)
+        placement = self._residency.place(list(placed))
+        for run_id, places in placed.items():
+            for place in places:
+                place(placement.slots[run_id])
+        assembly.drops, self._drops = [*self._drops, *assembly.drops], []
+        wanted = (placed, assembly.drops, drop_snapshots, samples, cancels)
+        if not any(wanted) and not even_if_empty:
+            return None
+        return self._tick(assembly, placement, drop_snapshots, samples, cancels, decode_budget_s)
+
+    def lose_all(self) -> None:
+        """The group is gone: what it was still to drop is gone with it."""
+        self._drops.clear()
+
+    def _tick(
+        self,
+        assembly: Assembly,
+        placement: Placement,
+        drop_snapshots: Sequence[str],
+        samples: Sequence[Sample],
+        cancels: Sequence[str],
+        decode_budget_s: float,
+    ) -> Tick:
+        self._num_ticks += 1
+        return Tick(
+            self._num_ticks,
+            page_out=placement.page_out,
+            drops=tuple(assembly.drops),
+            page_in=placement.page_in,
+            creates=tuple(assembly.creates),
+            loads=tuple(assembly.loads),
+            passes=tuple(assembly.passes),
+            microbatches=assembly.microbatches(self._microbatch_tokens, self._deterministic),
+            optim_steps=tuple(assembly.optim_steps),
+            saves=tuple(assembly.saves),
+            snapshots=tuple(assembly.snapshots),
+            drop_snapshots=tuple(drop_snapshots),
+            cancels=tuple(cancels),
+            samples=tuple(samples),
+            decode_budget_s=decode_budget_s,
+        )
+
+    # commands -------------------------------------------------------------------------------------
+
+    def _translate(self, assembly: Assembly, window: Window) -> dict[str, list[Place]]:
+        """What to do for each run once its slot is known. Commands that cannot run become verdicts."""
+        placed: dict[str, list[Place]] = {}
+        for work in window.work:
+            run = self._books.runs.find(work.run_id)
+            assert run is not None
+            for entry in work.entries:
+                if isinstance(entry.command, UnloadCommand):
+                    self._unload(assembly, run, entry.request_id)
+                    continue
+                try:
+                    place = self._command(assembly, run, entry)
+                except _Refused as refused:
+                    assembly.verdicts.append(Outcome(entry.request_id, failure=refused.failure))
+                except (UserError, Invalid, NotFound) as error:
+                    assembly.verdicts.append(Outcome(entry.request_id, failure=Failure(str(error))))
+                else:
+                    placed.setdefault(run.run_id, []).append(place)
+        return placed
+
+    def _command(self, assembly: Assembly, run: Run, entry: RunEntry) -> Place:
+        command = entry.command
+        request_id = entry.request_id
+        match command:
+            case RejectedCommand(failure):
+                raise _Refused(failure)
+            case BirthCommand(path=None):
+                return self._birth(assembly, run, request_id)
+            case BirthCommand(path=str(path), optimizer=optimizer) | LoadCommand(path, optimizer):
+                return self._load(assembly, run, request_id, path, optimizer)
+        if run.down is not None:
+            raise _Refused(run.down)
+        match command:
+            case PassCommand():
+                return self._pass(assembly, request_id, command)
+            case OptimCommand(params):
+                assembly.flights[request_id] = Flight(request_id)
+                return lambda slot: assembly.optim_steps.append(OptimStep(request_id, slot, params))
+            case SaveCommand():
+                return self._save(assembly, run, entry, command)
+            case SnapshotCommand(number):
+                return self._snapshot(assembly, run, request_id, number)
+        raise AssertionError(command)
+
+    def _pass(self, assembly: Assembly, request_id: str, command: PassCommand) -> Place:
+        assembly.flights[request_id] = Flight(request_id)
+
+        def place(slot: int) -> None:
+            assembly.passes.append(
+                Pass(request_id, slot, command.datums, command.loss_fn, command.loss_config, command.backward)
+            )
+            assembly.lengths.append(command.lengths)
+
+        return place
+
+    def _birth(self, assembly: Assembly, run: Run, request_id: str) -> Place:
+        assembly.flights[request_id] = Flight(
+            request_id,
+            lambda _: self._came_up(run, {"model_id": run.run_id}),
+            lambda failure: self._stayed_down(run, failure),
+        )
+        spec = run.record.spec
+        return lambda slot: assembly.creates.append(CreateAdapter(request_id, run.run_id, slot, spec))
+
+    def _load(self, assembly: Assembly, run: Run, request_id: str, path: str, optimizer: bool) -> Place:
+        """Into the run's adapter, or as its first one if it has none."""
+        try:
+            source = self._source(run, path, optimizer)
+        except (UserError, Invalid, NotFound) as error:
+            if run.down is not None:
+                self._stayed_down(run, Failure(str(error)))
+            raise
+        checkpoints = self._books.checkpoints
+        checkpoints.pin(source.directory)
+        was_down = run.down is not None
+
+        def loaded(_: Any) -> Any:
+            checkpoints.unpin(source.directory)
+            return self._came_up(run, {"model_id": run.run_id, "path": path})
+
+        def failed(failure: Failure) -> None:
+            checkpoints.unpin(source.directory)
+            if was_down:
+                self._stayed_down(run, failure)
+
+        assembly.flights[request_id] = Flight(request_id, loaded, failed)
+        directory = source.directory
+        return lambda slot: assembly.loads.append(
+            LoadAdapter(request_id, run.run_id, slot, directory, optimizer)
+        )
+
+    def _source(self, run: Run, path: str, optimizer: bool) -> CheckpointRecord:
+        source = self._books.checkpoints.find(run.tenant, path)
+        check_loadable(source, run.record.base_model, optimizer)
+        if _shape(source.spec) != _shape(run.record.spec):
+            raise UserError(
+                f"path {path!r} holds an adapter of {_words(source.spec)}, "
+                f"but this run has {_words(run.record.spec)}"
+            )
+        return source
+
+    def _save(self, assembly: Assembly, run: Run, entry: RunEntry, command: SaveCommand) -> Place:
+        check_ttl(command.ttl_seconds)
+        name = f"checkpoint-{entry.seq_id:06d}" if command.name is None else command.name
+        checkpoints = self._books.checkpoints
+        directory = checkpoints.reserve(run.run_id, command.kind, name, command.overwrite)
+        now = self._books.clock.now()
+        record = CheckpointRecord(
+            run.run_id,
+            command.kind,
+            name,
+            run.tenant,
+            run.record.base_model,
+            run.record.spec,
+            directory,
+            0,
+            now,
+            None if command.ttl_seconds is None else now + command.ttl_seconds,
+            user_metadata=dict(command.user_metadata),
+            has_optimizer=command.kind == "weights",
+        )
+
+        def saved(size_bytes: int) -> Any:
+            checkpoints.commit(record, size_bytes)
+            return {"path": path_of(key_of(record)), "size_bytes": size_bytes}
+
+        assembly.flights[entry.request_id] = Flight(
+            entry.request_id, saved, lambda _: checkpoints.release(key_of(record)), outlives_tick=True
+        )
+        manifest = _manifest(record)
+        return lambda slot: assembly.saves.append(
+            SaveAdapter(entry.request_id, slot, directory, record.has_optimizer, manifest)
+        )
+
+    def _snapshot(self, assembly: Assembly, run: Run, request_id: str, number: int) -> Place:
+        samplers = self._books.samplers
+        sampler_id = sampler_id_for(run.record.session_id, number)
+        if samplers.exists(sampler_id):
+            raise UserError(f"sampling_session_seq_id {number} is already in use in this session")
+
+        def frozen(_: Any) -> Any:
+            now = self._books.clock.now()
+            samplers.create(
+                SamplerRecord(
+                    sampler_id,
+                    run.record.session_id,
+                    run.tenant,
+                    run.record.base_model,
+                    now,
+                    run_id=run.run_id,
+                    snapshot=sampler_id,
+                )
+            )
+            samplers.retire(run.run_id)
+            return {"sampling_session_id": sampler_id}
+
+        assembly.flights[request_id] = Flight(request_id, frozen)
+        return lambda slot: assembly.snapshots.append(Snapshot(request_id, slot, sampler_id))
+
+    def _unload(self, assembly: Assembly, run: Run, request_id: str) -> None:
+        self._books.runs.unload(run)
+        self._books.samplers.retire(run.run_id, keep=0)
+        drop = self._residency.drop(run.run_id)
+        if drop is not None:
+            assembly.drops.append(drop)
+        assembly.verdicts.append(Outcome(request_id, {"model_id": run.run_id}))
+
+    # what outcomes do to a run --------------------------------------------------------------------
+
+    def _came_up(self, run: Run, answer: dict[str, Any]) -> dict[str, Any]:
+        run.down = None
+        return answer
+
+    def _stayed_down(self, run: Run, failure: Failure) -> None:
+        run.down = Failure(f"run {run.run_id} has no adapter: {failure.message}", failure.category)
+        drop = self._residency.drop(run.run_id)
+        if drop is not None:
+            self._drops.append(drop)
+
+
+def check_loadable(source: CheckpointRecord, base_model: str, optimizer: bool) -> None:
+    """Raises UserError if no run of ``base_model`` can start from this checkpoint."""
+    path = path_of(key_of(source))
+    if source.base_model != base_model:
+        raise UserError(f"path {path!r} belongs to base model {source.base_model}, not {base_model}")
+    if optimizer and not source.has_optimizer:
+        raise UserError(
+            f"path {path!r} has no optimizer state; load it without, or from a weights/ checkpoint"
+        )
+
+
+def _shape(spec: LoraSpec) -> tuple[int, bool, bool, bool]:
+    return spec.rank, spec.train_attn, spec.train_mlp, spec.train_unembed
+
+
+def _words(spec: LoraSpec) -> str:
+    return (
+        f"rank {spec.rank} (train_attn={spec.train_attn}, train_mlp={spec.train_mlp}, "
+        f"train_unembed={spec.train_unembed})"
+    )
+
+
+def _manifest(record: CheckpointRecord) -> dict[str, Any]:
+    return {
+        "run_id": record.run_id,
+        "kind": record.kind,
+        "name": record.name,
+        "base_model": record.base_model,
+        "rank": record.spec.rank,
+        "train_attn": record.spec.train_attn,
+        "train_mlp": record.spec.train_mlp,
+        "train_unembed": record.spec.train_unembed,
+        "created_at": record.created_at,
+        "user_metadata": dict(record.user_metadata),
+    }

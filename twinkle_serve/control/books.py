@@ -1,0 +1,82 @@
+"""Everything the control plane remembers, in one place: promises and the four registries.
+
+Knows how they are made from a catalogue at start-up. Does not know groups or ticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from twinkle_serve.config import LimitsConfig
+from twinkle_serve.control.checkpoints import Checkpoints
+from twinkle_serve.control.clock import Clock
+from twinkle_serve.control.promises import PromiseTable, random_token
+from twinkle_serve.control.runs import Runs
+from twinkle_serve.control.samplers import Samplers
+from twinkle_serve.control.sessions import Sessions
+from twinkle_serve.protocol.work import Failure
+
+if TYPE_CHECKING:
+    from twinkle_serve.storage.catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    clock: Clock
+    promises: PromiseTable
+    sessions: Sessions
+    runs: Runs
+    samplers: Samplers
+    checkpoints: Checkpoints
+
+    def fail(self, request_id: str, failure: Failure) -> None:
+        self.promises.fail(request_id, failure, self.clock.now())
+
+    def resolve(self, request_id: str, value: object) -> None:
+        self.promises.resolve(request_id, value, self.clock.now())
+
+    def sweep(self) -> None:
+        """Forget what is past its time: results, sessions without heartbeat, checkpoints."""
+        now = self.clock.now()
+        for origin in self.promises.sweep(now):
+            match origin:
+                case ("run", str(run_id), int(seq_id)) if run := self.runs.find(run_id):
+                    run.log.forget(seq_id)
+                case ("sampler", str(sampler_id), int(seq_id)):
+                    self.samplers.forget(sampler_id, seq_id)
+        self.sessions.expire(now)
+        self.checkpoints.expire(now)
+
+
+def open_books(
+    catalog: Catalog,
+    clock: Clock,
+    limits: LimitsConfig,
+    gap_timeout_s: float,
+    new_token: Callable[[], str] = random_token,
+) -> Books:
+    """Books with everything in them that the catalogue remembers."""
+    books = Books(
+        clock,
+        PromiseTable(limits.result_retention_s, new_token),
+        Sessions(limits.session_expiry_s, catalog.put_session, new_token),
+        Runs(gap_timeout_s, catalog.put_run),
+        Samplers(limits.sampler_snapshots_per_run, catalog.put_sampler),
+        Checkpoints(catalog),
+    )
+    contents = catalog.load_all()
+    for session in contents.sessions:
+        books.sessions.restore(session, clock.now())
+    for run in contents.runs:
+        books.runs.restore(run)
+        owner = books.sessions.get(run.tenant, run.session_id)
+        owner.models[run.model_seq_id] = (run.run_id, None)
+    for sampler in contents.samplers:
+        books.samplers.restore(sampler)
+        owner = books.sessions.get(sampler.tenant, sampler.session_id)
+        owner.samplers[int(sampler.sampler_id.rpartition(":")[2])] = sampler.sampler_id
+    for checkpoint in contents.checkpoints:
+        books.checkpoints.restore(checkpoint)
+    return books

@@ -1,0 +1,295 @@
+"""The tick loop of one group: plan, run, settle, again.
+
+Knows when to plan and what to do with outcomes, errors and a lost group. Does not know what a command
+means (assembly.py) nor who goes first (planner.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.control.admission import SampleQueue
+from twinkle_serve.control.assembly import Assembler, Assembly, Flight
+from twinkle_serve.control.backend import LoadCommand
+from twinkle_serve.control.books import Books
+from twinkle_serve.control.commands import BirthCommand, RunEntry
+from twinkle_serve.control.group import Group, GroupLost
+from twinkle_serve.control.planner import Planner, Window
+from twinkle_serve.control.residency import Residency
+from twinkle_serve.control.runs import Run
+from twinkle_serve.protocol.work import Failure, Outcome, Sample, Tick, TickReport
+
+logger = logging.getLogger(__name__)
+
+# Without training in sight decoding may go on for longer at a time, but what arrives meanwhile waits for it.
+_IDLE_BUDGET_FACTOR = 4
+_MAX_DECODE_BUDGET_S = 0.2
+_MIN_DECODE_BUDGET_S = 0.001
+_RETRY_S = 5.0
+_SAVE_POLL_S = 0.02
+_BUG = Failure("internal error in the control plane; the server's log has the details", "server")
+_SILENT = Failure("the workers gave no answer to this request", "server")
+_CANCELLED = Failure("cancelled", "user")
+
+Recover = Callable[["GroupDriver", GroupLost], Awaitable[None]]
+
+
+class GroupDriver:
+    """Owns one group's planner, slots and requests in flight. Everything runs on one event loop."""
+
+    def __init__(
+        self,
+        group: Group,
+        books: Books,
+        config: ModelConfig,
+        weight: Callable[[str], float],
+        recover: Recover,
+    ) -> None:
+        self.group = group
+        self.books = books
+        self.base_model = group.info.name
+        self.lost: GroupLost | None = None
+        self.residency = Residency(group.info.max_slots)
+        self.planner = Planner(
+            tick_tokens=config.planner.tick_tokens,
+            max_runs=group.info.max_slots,
+            # In deterministic mode requests share no microbatch, so company would gain nothing.
+            company_wait_s=0.0 if config.deterministic else config.planner.company_wait_ms / 1000,
+            weight=weight,
+            blocked=self._reads_unfinished,
+        )
+        self._assembler = Assembler(
+            self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic
+        )
+        self._recover = recover
+        self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
+        self._decode_budget_s = config.sampler.decode_budget_ms / 1000
+        self._flights: dict[str, Flight] = {}
+        self._num_sequences = 0
+        self._num_silent_reports = 0
+        self._cancels: list[str] = []
+        self._event = asyncio.Event()
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self.lost is None and self._task is not None and not self._task.done()
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._loop())
+
+    async def close(self, timeout_s: float) -> None:
+        """Let the tick that runs come to its end, if it does so in time."""
+        self._closing = True
+        self._event.set()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=timeout_s)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # what the service asks for --------------------------------------------------------------------
+
+    def ready(self, run: Run) -> None:
+        """The run's log has more."""
+        self.planner.ready(run.tenant, run.run_id, run.log)
+        self._event.set()
+
+    def sample(self, sample: Sample, flight: Flight) -> None:
+        self._queue.push(sample.tenant, sample.request_id, flight.num_sequences, (sample, flight))
+        self._event.set()
+
+    def cancel(self, tenant: str, request_id: str) -> None:
+        """Stop a sample; nothing happens if it is over. What it holds is freed when no rank uses it."""
+        self.books.fail(request_id, _CANCELLED)
+        waiting = self._queue.remove(tenant, request_id)
+        if waiting is not None:
+            waiting[1].on_failure(_CANCELLED)
+        elif request_id in self._flights:
+            self._cancels.append(request_id)
+        self._event.set()
+
+    def wake(self) -> None:
+        """Something that is no command needs a tick (a snapshot to drop)."""
+        self._event.set()
+
+    def abandon(self, failure: Failure) -> None:
+        """Give up whatever is in flight and all that was in the group: what its loss means until somebody
+        replays. Samples are merely lost: their clients submit them again."""
+        for run_id in self.residency.lose_all():
+            run = self.books.runs.find(run_id)
+            if run is not None and run.down is None:
+                run.down = failure
+        self._assembler.lose_all()
+        self.books.samplers.lose_snapshots(self.base_model)
+        self._cancels.clear()
+        for flight in [*self._flights.values(), *(flight for _, flight in self._queue.drain())]:
+            flight.on_failure(failure)
+            if flight.num_sequences:
+                self.books.promises.lose(flight.request_id)
+            else:
+                self.books.fail(flight.request_id, failure)
+        self._flights.clear()
+        self._num_sequences = 0
+
+    # the loop -------------------------------------------------------------------------------------
+
+    async def _loop(self) -> None:
+        while not self._closing:
+            self._event.clear()
+            try:
+                if self.lost is not None:
+                    await self._rebuild()
+                else:
+                    await self._step()
+            except Exception:
+                logger.exception("the tick loop of %s failed; it goes on in %g s", self.base_model, _RETRY_S)
+                await self._pause(_RETRY_S)
+
+    async def _step(self) -> None:
+        window = self.planner.next(self.books.clock.now())
+        assembly = Assembly()
+        tick = None
+        try:
+            tick = self._assemble(window, assembly)
+            if tick is not None:
+                await self._run(tick)
+        except Exception:
+            logger.exception("a tick of %s failed", self.base_model)
+            self._fail(window, assembly)
+        finally:
+            self.planner.finished()
+        self._settle_rest(assembly, tick)
+        if not window.work and not self._num_sequences:
+            await self._wait(self._next_look(window))
+
+    def _assemble(self, window: Window, assembly: Assembly) -> Tick | None:
+        admitted = self._queue.take(self._num_sequences)
+        for _, flight in admitted:
+            assembly.flights[flight.request_id] = flight
+            self._num_sequences += flight.num_sequences
+        self._flights.update(assembly.flights)
+        cancels, self._cancels = self._cancels, []
+        samples = [sample for sample, _ in admitted]
+        budget = self._decode_budget(window)
+        tick = self._assembler.assemble(assembly, window, samples, cancels, budget, bool(self._flights))
+        self._flights.update(assembly.flights)
+        return tick
+
+    async def _run(self, tick: Tick) -> None:
+        try:
+            async for message in self.group.run(tick):
+                if isinstance(message, Outcome):
+                    self._settle(message)
+                else:
+                    self._read(message)
+        except GroupLost as lost:
+            logger.error("the group of %s is lost: %s", self.base_model, lost)
+            self.lost = lost
+            await self._recover(self, lost)
+
+    def _settle(self, outcome: Outcome) -> None:
+        flight = self._flights.pop(outcome.request_id, None)
+        if flight is None:
+            return  # given up before, or cancelled
+        self._num_sequences -= flight.num_sequences
+        try:
+            if outcome.failure is not None:
+                flight.on_failure(outcome.failure)
+                self.books.fail(flight.request_id, outcome.failure)
+            else:
+                self.books.resolve(flight.request_id, flight.on_value(outcome.value))
+        except Exception:
+            logger.exception("could not take note of the outcome of request %s", flight.request_id)
+            self.books.fail(flight.request_id, _BUG)
+
+    def _settle_rest(self, assembly: Assembly, tick: Tick | None) -> None:
+        """What is left of a tick that is over: verdicts, cancelled samples, requests without an answer."""
+        for request_id, flight in assembly.flights.items():
+            if not flight.outlives_tick:
+                self._settle(Outcome(request_id, failure=_SILENT))
+        for request_id in tick.cancels if tick is not None else ():
+            self._settle(Outcome(request_id, failure=_CANCELLED))
+        for verdict in assembly.verdicts:
+            if verdict.failure is not None:
+                self.books.fail(verdict.request_id, verdict.failure)
+            else:
+                self.books.resolve(verdict.request_id, verdict.value)
+
+    def _read(self, report: TickReport) -> None:
+        # A sample that no rank decodes any more and that got no answer would keep us ticking for ever.
+        silent = report.active_samples == 0 and self._num_sequences > 0
+        self._num_silent_reports = self._num_silent_reports + 1 if silent else 0
+        if self._num_silent_reports == 2:
+            for flight in [f for f in self._flights.values() if f.num_sequences]:
+                self._settle(Outcome(flight.request_id, failure=_SILENT))
+
+    def _fail(self, window: Window, assembly: Assembly) -> None:
+        """A bug, ours or the group's, met this tick: its requests fail, the others go on."""
+        self._flights.update(assembly.flights)
+        for request_id in assembly.flights:
+            self._settle(Outcome(request_id, failure=_BUG))
+        for work in window.work:
+            for entry in work.entries:
+                self.books.fail(entry.request_id, _BUG)
+
+    # timing ---------------------------------------------------------------------------------------
+
+    def _decode_budget(self, window: Window) -> float:
+        if not self._num_sequences:
+            return 0.0
+        if window.company_until is not None:
+            left = window.company_until - self.books.clock.now()
+            return max(_MIN_DECODE_BUDGET_S, min(self._decode_budget_s, left))
+        if window.work or self.planner.has_work:
+            return self._decode_budget_s
+        return max(
+            self._decode_budget_s, min(_IDLE_BUDGET_FACTOR * self._decode_budget_s, _MAX_DECODE_BUDGET_S)
+        )
+
+    def _next_look(self, window: Window) -> float | None:
+        """When to plan again even if nothing comes in."""
+        if self._flights:  # saves that are being written come with a later tick
+            return self.books.clock.now() + _SAVE_POLL_S
+        return window.company_until
+
+    async def _wait(self, until: float | None) -> None:
+        timer = None
+        if until is not None:
+            timer = self.books.clock.call_later(max(0.0, until - self.books.clock.now()), self._event.set)
+        await self._event.wait()
+        if timer is not None:
+            timer.cancel()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, whatever comes in; only closing cuts it short."""
+        until = self.books.clock.now() + seconds
+        while not self._closing and self.books.clock.now() < until:
+            self._event.clear()
+            await self._wait(until)
+
+    async def _rebuild(self) -> None:
+        await self.group.rebuild()
+        self.lost = None
+        logger.warning("the group of %s is up again", self.base_model)
+
+    def _reads_unfinished(self, entry: RunEntry) -> bool:
+        """A load waits for a save to the same path that is still being written."""
+        match entry.command:
+            case LoadCommand(path=path) | BirthCommand(path=str(path)):
+                return self.books.checkpoints.is_saving(path)
+        return False
+
+
+async def fail_in_flight(driver: GroupDriver, lost: GroupLost) -> None:
+    """The plain answer to a lost group: everything that was in it is gone, and says so."""
+    driver.abandon(
+        Failure(
+            "the workers that held this run's adapter died; create a run from one of its checkpoints, "
+            "or load one into it",
+            "server",
+        )
+    )
