@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from twinkle_serve.engine import attention, experts
 from twinkle_serve.engine.attention import Attend, AttentionSwitch, PackedCausal
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import AdapterLayout, Group, Target
+from twinkle_serve.engine.logprobs import (
+    HeadSegment,
+    full_logits,
+    target_logprobs,
+    top_k_logprobs,
+)
+from twinkle_serve.engine.slots import Segment
 from twinkle_serve.protocol.work import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -54,6 +62,7 @@ class BaseModel:
     segments: Segments
     attention: AttentionSwitch
     head_target: int
+    config: ModelConfig
     device: torch.device
     dtype: torch.dtype
 
@@ -62,6 +71,38 @@ class BaseModel:
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head
+
+    def target_logprobs(
+        self, hidden: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 [M]: the logprob of ``targets[m]`` at row ``rows[m]`` of ``hidden`` [T, H].
+
+        segments: those of group "unembed".
+        """
+        return target_logprobs(
+            hidden,
+            *self._head(segments),
+            rows,
+            targets,
+            chunk_tokens=self.config.logits_chunk_tokens,
+            isolated=self.config.deterministic,
+        )
+
+    def full_logits(self, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        """float32 [T, V]: all logits of a few rows."""
+        return full_logits(hidden, *self._head(segments))
+
+    def top_k_logprobs(
+        self, hidden: torch.Tensor, segments: Sequence[Segment], k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k likeliest tokens of each row, best first, and their logprobs: int64 and float32 [T, k]."""
+        chunk_tokens = self.config.logits_chunk_tokens
+        return top_k_logprobs(hidden, *self._head(segments), k, chunk_tokens=chunk_tokens)
+
+    def _head(
+        self, segments: Sequence[Segment]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[HeadSegment]]:
+        return self.head.weight, self.head.bias, HeadSegment.of(segments, self.head_target)
 
     def hidden_states(
         self, token_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend
@@ -124,6 +165,7 @@ def prepare(
         segments=segments,
         attention=switch,
         head_target=len(targets) - 1,
+        config=config,
         device=device,
         dtype=dtype,
     )

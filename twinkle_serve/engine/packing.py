@@ -77,11 +77,12 @@ class LossRows:
         column = batch.columns["target_tokens"]
         per_position = np.maximum(1, column.widths).astype(np.int64)
         positions = np.arange(first_row, first_row + batch.num_tokens)
+        # np.array copies: torch refuses to wrap the read-only views that DatumBatch.unpack gives.
         return cls(
             rows=np.repeat(positions, np.repeat(per_position, batch.lengths)),
-            targets=column.values.astype(np.int64, copy=False),
+            targets=np.array(column.values, np.int64),
             inputs={
-                name: other.values.astype(np.float32, copy=False)
+                name: np.array(other.values, np.float32)
                 for name, other in batch.columns.items()
                 if name != "target_tokens"
             },

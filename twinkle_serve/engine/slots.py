@@ -132,6 +132,9 @@ class SlotPool:
     def num_slots(self) -> int:
         return len(self._adapters)
 
+    def is_occupied(self, slot: int) -> bool:
+        return self._adapters[slot] is not None
+
     def adapter(self, slot: int) -> Adapter:
         """The adapter in an occupied slot."""
         found = self._adapters[slot]

@@ -17,7 +17,6 @@ import torch
 
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.logprobs import HeadSegment, target_logprobs
 from twinkle_serve.engine.losses import compute_loss
 from twinkle_serve.engine.packing import LossRows, PackedRows, concatenate, make_segments
 from twinkle_serve.engine.slots import Segment, SlotPool
@@ -66,10 +65,9 @@ class _PassState:
 class Trainer:
     """Runs the passes of a tick on a base model and its training slots."""
 
-    def __init__(self, base: BaseModel, pool: SlotPool, logits_chunk_tokens: int) -> None:
+    def __init__(self, base: BaseModel, pool: SlotPool) -> None:
         self._base = base
         self._pool = pool
-        self._chunk_tokens = logits_chunk_tokens
 
     def run(self, passes: Sequence[Pass], microbatches: Sequence[Microbatch]) -> Iterator[Outcome]:
         """Outcomes of all ``passes`` (ForwardResult), each as soon as its last datum is done."""
@@ -158,16 +156,11 @@ class Trainer:
     def _logprobs(
         self, hidden: torch.Tensor, segments: Sequence[Segment], parts: Sequence[LossRows]
     ) -> torch.Tensor:
-        head = self._base.head
-        device = self._base.device
-        return target_logprobs(
+        return self._base.target_logprobs(
             hidden,
-            head.weight,
-            head.bias,
-            HeadSegment.of(segments, self._base.head_target),
-            torch.from_numpy(np.concatenate([part.rows for part in parts])).to(device),
-            torch.from_numpy(np.concatenate([part.targets for part in parts])).to(device),
-            chunk_tokens=self._chunk_tokens,
+            segments,
+            torch.from_numpy(np.concatenate([part.rows for part in parts])),
+            torch.from_numpy(np.concatenate([part.targets for part in parts])),
         )
 
     def _losses(

@@ -1,0 +1,189 @@
+"""The engine: walks a tick from top to bottom on one rank and yields every request's outcome.
+
+Knows the parts (slots, trainer, optimizer, sampler, paged adapters) and the order of a tick's fields. Does not
+know who asked, in which order requests came, or ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine.adapter_files import load_adapter, save_adapter
+from twinkle_serve.engine.attention import PackedCausal
+from twinkle_serve.engine.base_model import load_base_model
+from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
+from twinkle_serve.engine.page_store import PageStore
+from twinkle_serve.engine.sample_adapters import SampleAdapters
+from twinkle_serve.engine.sampler import Sampler
+from twinkle_serve.engine.slots import SlotPool
+from twinkle_serve.engine.trainer import Trainer
+from twinkle_serve.hub.models import resolve_model
+from twinkle_serve.protocol.work import (
+    DropRun,
+    Failure,
+    LoadAdapter,
+    ModelInfo,
+    OptimStep,
+    Outcome,
+    PageIn,
+    PageOut,
+    SaveAdapter,
+    Snapshot,
+    Tick,
+    TickReport,
+)
+from twinkle_serve.storage.checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One rank's base model with its training slots and its sampler.
+
+    scratch: directory for paged adapters; a temporary one is made (and removed by ``close``) if None.
+    Loading takes seconds to minutes. Raises UnsupportedModel or OSError for a model that cannot be served.
+    """
+
+    def __init__(self, config: ModelConfig, scratch: Path | None = None) -> None:
+        self._owned_scratch = Path(tempfile.mkdtemp(prefix="twinkle-pages-")) if scratch is None else None
+        scratch = scratch or self._owned_scratch
+        assert scratch is not None
+        directory = resolve_model(config.path, config.revision)
+        self.base = load_base_model(config, directory)
+        self.pool = SlotPool(
+            self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device
+        )
+        self._trainer = Trainer(self.base, self.pool)
+        self._pages = PageStore(scratch / "runs", config.host_page_bytes)
+        self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
+        adapters = SampleAdapters(
+            self.base.layout, self._snapshots, config.sampler.adapter_slots, self.base.device
+        )
+        self._sampler = Sampler(self.base, adapters, config.sampler, directory)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.base.info
+
+    def probe(self) -> bool:
+        """Whether a forward pass of the base model still works; cheap."""
+        token_ids = torch.zeros(2, dtype=torch.int64, device=self.base.device)
+        self.base.segments.set({})
+        with torch.no_grad():
+            hidden = self.base.hidden_states(token_ids, torch.arange(2), PackedCausal([2]))
+        return bool(torch.isfinite(hidden).all())
+
+    def close(self) -> None:
+        if self._owned_scratch is not None:
+            shutil.rmtree(self._owned_scratch, ignore_errors=True)
+
+    def run(self, tick: Tick) -> Iterator[Outcome | TickReport]:
+        """Walk the tick; an outcome is yielded as soon as it is known, the report last."""
+        clock = _PhaseClock()
+        for move in (*tick.page_out, *tick.drops, *tick.page_in):
+            self._move(move)
+        for create in tick.creates:
+            yield _answer(create.request_id, lambda c=create: self.pool.create(c.slot, c.spec))
+        for load in tick.loads:
+            yield _answer(load.request_id, lambda item=load: self._load(item))
+        clock.mark("move")
+        if tick.passes:
+            yield from self._trainer.run(tick.passes, tick.microbatches)
+        clock.mark("passes")
+        if tick.optim_steps:
+            yield from self._optim(tick.optim_steps)
+        clock.mark("optim")
+        for save in tick.saves:
+            yield _answer(save.request_id, lambda item=save: self._save(item))
+        for snapshot in tick.snapshots:
+            yield _answer(snapshot.request_id, lambda item=snapshot: self._snapshot(item))
+        for name in tick.drop_snapshots:
+            self._snapshots.drop(name)
+        clock.mark("save")
+        yield from self._sampler.run(tick.cancels, tick.samples, tick.decode_budget_s)
+        clock.mark("sample")
+        yield TickReport(tick.tick_id, clock.seconds, self._sampler.num_active, self._gauges())
+
+    def _move(self, move: PageOut | PageIn | DropRun) -> None:
+        if isinstance(move, PageOut):
+            self._pages.put(move.run_id, self.pool.state(move.slot))
+            self.pool.free(move.slot)
+        elif isinstance(move, PageIn):
+            self.pool.put(move.slot, self._pages.pop(move.run_id))
+        else:
+            self._pages.drop(move.run_id)
+            if move.slot is not None:
+                self.pool.free(move.slot)
+
+    def _load(self, item: LoadAdapter) -> None:
+        state = load_adapter(item.directory, self.base.layout, item.optimizer)
+        if self.pool.is_occupied(item.slot):
+            expected = self.pool.adapter(item.slot).spec
+            if _shape(expected) != _shape(state.spec):
+                raise ValueError(f"the checkpoint has {_shape(state.spec)}, this run has {_shape(expected)}")
+            self.pool.free(item.slot)
+        self.pool.put(item.slot, state)
+
+    def _optim(self, steps: tuple[OptimStep, ...]) -> Iterator[Outcome]:
+        work = [SlotStep(self.pool, step.slot, step.params) for step in steps]
+        for step, result in zip(steps, adamw_step(work), strict=True):
+            if isinstance(result, NonFiniteGradientError):
+                yield Outcome(step.request_id, failure=Failure(str(result)))
+            else:
+                yield Outcome(step.request_id, result)
+
+    def _save(self, item: SaveAdapter) -> int:
+        state = self.pool.state(item.slot, grads=False, optimizer=item.optimizer)
+        return save_adapter(item.directory, state, self.base.layout, self.info.name, item.manifest)
+
+    def _snapshot(self, item: Snapshot) -> None:
+        self._snapshots.put(item.adapter, self.pool.state(item.slot, grads=False, optimizer=False))
+
+    def _gauges(self) -> dict[str, float]:
+        return {
+            "paged_host_bytes": float(self._pages.host_bytes),
+            "paged_disk_bytes": float(self._pages.disk_bytes),
+            "snapshot_host_bytes": float(self._snapshots.host_bytes),
+            "kv_blocks_free": float(self._sampler.num_free_blocks),
+        }
+
+
+class _PhaseClock:
+    """Seconds spent in each named phase of a tick."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+
+def _answer(request_id: str, action: Callable[[], Any]) -> Outcome:
+    """The outcome of one action: what is wrong with a checkpoint is the user's to know, a bug is not."""
+    try:
+        return Outcome(request_id, action())
+    except CheckpointError as error:
+        logger.error("request %s: %s", request_id, error)  # names a path, which is not the user's to know
+        return Outcome(request_id, failure=Failure("the checkpoint is missing or damaged"))
+    except ValueError as error:
+        return Outcome(request_id, failure=Failure(str(error)))
+    except Exception:
+        logger.exception("request %s failed", request_id)
+        return Outcome(request_id, failure=Failure("internal error while doing this request", "server"))
+
+
+def _shape(spec: Any) -> str:
+    trained = [name for name in ("attn", "mlp", "unembed") if getattr(spec, f"train_{name}")]
+    return f"rank {spec.rank} on {'+'.join(trained)}"

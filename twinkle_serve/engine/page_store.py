@@ -1,0 +1,86 @@
+"""Adapters that are not in a slot: kept in host memory up to a budget, the least recently used on disk.
+
+Knows AdapterStates by name. Does not know why one is here (a paged-out run or a sampling snapshot).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from twinkle_serve.engine.slots import AdapterState
+from twinkle_serve.protocol.data import LoraSpec
+
+_BLOCKS = ("weights", "grads", "exp_avg", "exp_avg_sq")
+
+
+class PageStore:
+    """States by key. ``directory`` is scratch space of one process: its files die with the store's owner."""
+
+    def __init__(self, directory: Path, host_bytes: int) -> None:
+        self._directory = directory
+        self._budget = host_bytes
+        self._host: OrderedDict[str, AdapterState] = OrderedDict()
+        self._disk: dict[str, int] = {}
+        self.host_bytes = 0
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self._disk.values())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._host or key in self._disk
+
+    def put(self, key: str, state: AdapterState) -> None:
+        self.drop(key)
+        self._host[key] = state
+        self.host_bytes += state.num_bytes()
+        while self.host_bytes > self._budget:
+            self._spill(*self._host.popitem(last=False))
+
+    def get(self, key: str) -> AdapterState:
+        """The state under ``key``, which stays here. Raises KeyError."""
+        if key in self._host:
+            self._host.move_to_end(key)
+            return self._host[key]
+        if key not in self._disk:
+            raise KeyError(key)
+        return self._read(key)
+
+    def pop(self, key: str) -> AdapterState:
+        """The state under ``key``, which is forgotten here. Raises KeyError."""
+        state = self.get(key)
+        self.drop(key)
+        return state
+
+    def drop(self, key: str) -> None:
+        state = self._host.pop(key, None)
+        if state is not None:
+            self.host_bytes -= state.num_bytes()
+        if self._disk.pop(key, None) is not None:
+            self._path(key).unlink()
+
+    def _spill(self, key: str, state: AdapterState) -> None:
+        self.host_bytes -= state.num_bytes()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        blocks = {name: getattr(state, name) for name in _BLOCKS if getattr(state, name) is not None}
+        metadata = {"spec": json.dumps(asdict(state.spec)), "step": str(state.step)}
+        save_file(blocks, self._path(key), metadata)
+        self._disk[key] = state.num_bytes()
+
+    def _read(self, key: str) -> AdapterState:
+        with safe_open(self._path(key), framework="pt") as file:
+            metadata = file.metadata()
+            blocks: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        spec = LoraSpec(**json.loads(metadata["spec"]))
+        return AdapterState(spec=spec, step=int(metadata["step"]), **blocks)
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

@@ -1,0 +1,79 @@
+"""Logprobs at prompt positions, computed from the hidden states of the prefill that serves the request.
+
+Knows what a SampleRequest can ask about its prompt. Does not know batching or generated tokens (sampler.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from twinkle_serve.engine.base_model import BaseModel
+from twinkle_serve.engine.draw import draw_alternatives
+from twinkle_serve.engine.sequences import Job, PromptScores
+from twinkle_serve.engine.slots import Segment, trained_groups
+
+
+def score_prompt(base: BaseModel, job: Job, start: int, hidden: torch.Tensor) -> None:
+    """Score what ``job`` asks for, as far as ``hidden`` [n, H] of positions ``start:start + n`` tells.
+
+    The hidden state at position p scores prompt token p + 1. Positions past the prompt, or scored before (a
+    sequence that was prefilled again), are passed over.
+    """
+    scores = job.scores
+    if scores is None:
+        return
+    first = max(start, scores.scored_to, scores.first - 1)
+    end = min(start + hidden.shape[0], job.prompt_length - 1)
+    scores.scored_to = max(scores.scored_to, end)
+    if first >= end:
+        return
+    rows = hidden[first - start : end - start]
+    segments = _segments(job, rows.shape[0])
+    if job.request.prompt_logprobs:
+        targets = torch.from_numpy(job.request.prompt[first + 1 : end + 1].astype(np.int64))
+        scores.logprobs[first + 1 : end + 1] = _logprobs(base, rows, segments, targets.unsqueeze(1))[:, 0]
+    if scores.targets is not None:
+        assert job.request.target_prompt_tokens is not None
+        wanted = job.request.target_prompt_tokens[first:end]
+        found = _logprobs(base, rows, segments, torch.from_numpy(np.maximum(wanted, 0)))
+        scores.targets[first:end] = np.where(wanted < 0, 0.0, found)
+    if scores.topk is not None:
+        token_ids, logprobs = base.top_k_logprobs(rows, segments, job.request.topk_prompt_logprobs)
+        k = token_ids.shape[1]  # the vocabulary may be smaller than what was asked for
+        scores.topk.token_ids[first + 1 : end + 1, :k] = token_ids.cpu().numpy()
+        scores.topk.logprobs[first + 1 : end + 1, :k] = logprobs.cpu().numpy()
+    if scores.alternatives is not None:
+        _draw_alternatives(base, job, scores, first, end, rows)
+
+
+def _segments(job: Job, num_rows: int) -> list[Segment]:
+    if job.adapter is None or "unembed" not in trained_groups(job.adapter.spec):
+        return []
+    return [Segment(job.adapter, 0, num_rows)]
+
+
+def _logprobs(
+    base: BaseModel, hidden: torch.Tensor, segments: list[Segment], targets: torch.Tensor
+) -> np.ndarray:
+    """Logprobs of ``targets`` int64 [n, K], K tokens at each row of ``hidden`` [n, H]: float32 [n, K]."""
+    rows = torch.arange(targets.shape[0]).repeat_interleave(targets.shape[1])
+    flat = base.target_logprobs(hidden, segments, rows, targets.reshape(-1))
+    return flat.view(targets.shape).cpu().numpy()
+
+
+def _draw_alternatives(
+    base: BaseModel, job: Job, scores: PromptScores, first: int, end: int, hidden: torch.Tensor
+) -> None:
+    """k independent draws at each position, a chunk of logits at a time."""
+    assert scores.alternatives is not None
+    chunk = base.config.logits_chunk_tokens
+    for offset in range(0, end - first, chunk):
+        rows = hidden[offset : offset + chunk]
+        positions = slice(first + offset, first + offset + rows.shape[0])
+        logits = base.full_logits(rows, _segments(job, rows.shape[0]))
+        drawn = draw_alternatives(
+            logits, job.request.params.temperature, job.seed, positions.start, job.request.prompt_alt_tokens_k
+        )
+        scores.alternatives.token_ids[positions] = drawn.token_ids
+        scores.alternatives.logprobs[positions] = drawn.logprobs

@@ -1,0 +1,317 @@
+"""The sampler: continuous batching on the training weights, many adapters in one decode batch.
+
+One step prefills a bounded chunk of waiting prompts, then decodes one token of every running sequence. When the
+KV cache is full the youngest sequence gives its blocks up and is prefilled again later. Knows sequences, blocks
+and adapters; does not know tenants' rights or when the next tick comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence as SequenceOf
+from pathlib import Path
+
+import torch
+
+from twinkle_serve.config import SamplerConfig
+from twinkle_serve.engine.base_model import BaseModel
+from twinkle_serve.engine.draw import DrawParams, StopRule, draw_tokens
+from twinkle_serve.engine.kv_cache import DecodeAttend, KVCache, OutOfBlocks, PrefillAttend
+from twinkle_serve.engine.layout import Group
+from twinkle_serve.engine.packing import make_segments
+from twinkle_serve.engine.prompt_scores import score_prompt
+from twinkle_serve.engine.sample_adapters import SampleAdapters
+from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
+from twinkle_serve.engine.slots import Segment
+from twinkle_serve.engine.text import TokenText
+from twinkle_serve.protocol.work import Failure, Outcome, Sample
+from twinkle_serve.storage.checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class Sampler:
+    """Admits samples, decodes them together, yields each request's SampleResult when its last sequence ends."""
+
+    def __init__(
+        self, base: BaseModel, adapters: SampleAdapters, config: SamplerConfig, directory: Path
+    ) -> None:
+        self._base = base
+        self._adapters = adapters
+        self._config = config
+        self._text = TokenText(directory)
+        shape = base.model.config
+        self._cache = KVCache(
+            num_layers=shape.num_hidden_layers,
+            num_tokens=config.kv_cache_tokens,
+            kv_heads=shape.num_key_value_heads,
+            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
+            dtype=base.dtype,
+            device=base.device,
+        )
+        self._waiting: deque[Job] = deque()
+        self._running: dict[str, Job] = {}
+        self._prefilling: deque[Sequence] = deque()
+        self._decoding: list[Sequence] = []
+
+    @property
+    def num_active(self) -> int:
+        """Requests admitted and not yet answered."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._cache.num_free
+
+    def run(
+        self, cancels: SequenceOf[str], samples: SequenceOf[Sample], budget_s: float
+    ) -> Iterator[Outcome]:
+        """Drop ``cancels``, admit ``samples``, then step until ``budget_s`` has passed or nothing is left."""
+        for request_id in cancels:
+            self._cancel(request_id)
+        for sample in samples:
+            try:
+                self._waiting.append(self._job(sample))
+            except (ValueError, KeyError, CheckpointError) as error:
+                yield Outcome(sample.request_id, failure=_refusal(error))
+        deadline = time.perf_counter() + budget_s
+        while self.num_active and budget_s > 0:
+            try:
+                yield from self._step()
+            except Exception:
+                logger.exception("a sampling step failed")
+                yield from self._abort()
+            if time.perf_counter() >= deadline:
+                return
+
+    def _job(self, sample: Sample) -> Job:
+        request = sample.request
+        room = self._base.info.max_context_length - len(request.prompt)
+        if room < 1:
+            raise ValueError(
+                f"prompt has {len(request.prompt)} tokens; this model's context holds "
+                f"{self._base.info.max_context_length}, and one must be left to sample"
+            )
+        if len(request.prompt) >= self._config.kv_cache_tokens:
+            raise ValueError(
+                f"prompt has {len(request.prompt)} tokens; the sampler's cache holds {self._config.kv_cache_tokens}"
+            )
+        if request.params.stop_strings:
+            self._text.load()
+        wanted = request.params.max_tokens
+        seed = request.params.seed
+        return Job(
+            sample=sample,
+            adapter=None if sample.adapter is None else self._adapters.get(sample.adapter),
+            max_tokens=room if wanted is None else min(room, wanted),
+            seed=random.getrandbits(63) if seed is None else seed,
+            scores=PromptScores.of(request),
+        )
+
+    def _cancel(self, request_id: str) -> None:
+        self._waiting = deque(job for job in self._waiting if job.sample.request_id != request_id)
+        job = self._running.pop(request_id, None)
+        if job is not None:
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        for sequence in job.sequences:
+            self._cache.release(sequence.rows)
+        self._prefilling = deque(s for s in self._prefilling if s.job is not job)
+        self._decoding = [s for s in self._decoding if s.job is not job]
+
+    def _abort(self) -> Iterator[Outcome]:
+        """Answer everything that was in a step that failed; nothing of it may stay in the cache."""
+        for request_id, job in list(self._running.items()):
+            self._forget(job)
+            del self._running[request_id]
+            yield Outcome(request_id, failure=Failure("internal error while sampling", "server"))
+
+    def _step(self) -> Iterator[Outcome]:
+        self._admit()
+        with torch.no_grad():
+            chunks = self._plan_prefill()
+            if chunks:
+                self._prefill(chunks)
+            yield from self._finished()
+            if self._decoding and self._make_room():
+                self._decode()
+            yield from self._finished()
+
+    def _admit(self) -> None:
+        num_sequences = sum(job.request.num_samples for job in self._running.values())
+        while self._waiting:
+            job = self._waiting[0]
+            if self._running and num_sequences + job.request.num_samples > self._config.max_batch:
+                return
+            self._waiting.popleft()
+            num_sequences += job.request.num_samples
+            self._running[job.sample.request_id] = job
+            job.sequences.append(self._sequence(job, 0))
+            self._prefilling.append(job.sequences[0])
+
+    def _sequence(self, job: Job, index: int) -> Sequence:
+        stop = StopRule(job.request.params, self._text.decode)
+        return Sequence(job, index, job.request.prompt.tolist(), stop)
+
+    def _plan_prefill(self) -> list[tuple[Sequence, int]]:
+        """(sequence, number of tokens) to prefill now, oldest first, as far as budget and cache go."""
+        budget = self._config.prefill_chunk_tokens
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in self._prefilling:
+            count = min(budget, sequence.num_uncached)
+            if count == 0:
+                break
+            try:
+                self._cache.grow(sequence.rows, sequence.rows.length + count)
+            except OutOfBlocks:
+                break
+            chunks.append((sequence, count))
+            budget -= count
+        if not chunks and self._prefilling and not self._decoding:
+            self._give_up(self._prefilling[0])
+        return chunks
+
+    def _give_up(self, blocked: Sequence) -> None:
+        """Nothing runs that could free blocks for ``blocked``: take them from younger half-filled prompts, or
+        end the sequence where the cache ends."""
+        others = [sequence for sequence in self._prefilling if sequence is not blocked and sequence.rows.blocks]
+        if others:
+            self._cache.release(others[-1].rows)
+        elif blocked.num_generated:
+            self._prefilling.remove(blocked)
+            blocked.stop_reason = "length"
+        else:
+            raise AssertionError("a prompt that fits the cache was refused by an empty cache")
+
+    def _prefill(self, chunks: list[tuple[Sequence, int]]) -> None:
+        chunks = sorted(chunks, key=lambda chunk: id(chunk[0].job.adapter))
+        spans = [(sequence, sequence.rows.length, count) for sequence, count in chunks]
+        tokens = [t for s, start, n in spans for t in s.tokens[start : start + n]]
+        positions = [p for _, start, n in spans for p in range(start, start + n)]
+        attend = PrefillAttend(self._cache, [(s.rows, start, n) for s, start, n in spans])
+        segments = make_segments((s.job.adapter, n) for s, _, n in spans)
+        hidden = self._forward(tokens, positions, attend, segments)
+        ends, end = [], 0
+        for sequence, start, count in spans:
+            score_prompt(self._base, sequence.job, start, hidden[end : end + count])
+            sequence.rows.length = start + count
+            end += count
+            if sequence.num_uncached == 0:
+                self._prefilling.remove(sequence)
+                ends.append((sequence, end - 1))
+        if ends:
+            rows = torch.tensor([row for _, row in ends], device=hidden.device)
+            self._continue([sequence for sequence, _ in ends], hidden.index_select(0, rows))
+
+    def _continue(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
+        """Draw the next token after a completed prefill; a fresh prompt starts all its samples here."""
+        logits = self._logits(sequences, hidden)
+        drawers: list[Sequence] = []
+        rows: list[int] = []
+        for row, sequence in enumerate(sequences):
+            family = [sequence]
+            if sequence.index == 0 and sequence.num_generated == 0:
+                family += [self._sequence(sequence.job, i) for i in range(1, sequence.job.request.num_samples)]
+                sequence.job.sequences = family
+            drawers += family
+            rows += [row] * len(family)
+        if len(drawers) > len(sequences):
+            logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
+        self._draw(drawers, logits)
+        for sequence in drawers:
+            self._start_decoding(sequence)
+
+    def _start_decoding(self, sequence: Sequence) -> None:
+        if sequence.stop_reason is not None:
+            return
+        if not sequence.rows.blocks:
+            try:
+                sequence.rows = self._cache.fork(sequence.job.sequences[0].rows)
+            except OutOfBlocks:
+                self._prefilling.append(sequence)
+                return
+        self._decoding.append(sequence)
+
+    def _make_room(self) -> bool:
+        """Room for one more token of every running sequence, if need be by pausing the youngest ones."""
+        for sequence in list(self._decoding):
+            while sequence in self._decoding:
+                try:
+                    self._cache.grow(sequence.rows, sequence.rows.length + 1)
+                    break
+                except OutOfBlocks:
+                    self._pause(self._decoding[-1])
+        return bool(self._decoding)
+
+    def _pause(self, sequence: Sequence) -> None:
+        self._decoding.remove(sequence)
+        if not self._decoding and not any(other.rows.blocks for other in self._prefilling):
+            sequence.stop_reason = "length"  # it fills the whole cache alone
+            return
+        self._cache.release(sequence.rows)
+        self._prefilling.appendleft(sequence)
+
+    def _decode(self) -> None:
+        batch = sorted(self._decoding, key=lambda sequence: id(sequence.job.adapter))
+        segments = make_segments((sequence.job.adapter, 1) for sequence in batch)
+        hidden = self._forward(
+            [sequence.tokens[-1] for sequence in batch],
+            [sequence.rows.length for sequence in batch],
+            DecodeAttend(self._cache, [sequence.rows for sequence in batch]),
+            segments,
+        )
+        for sequence in batch:
+            sequence.rows.length += 1
+        self._draw(batch, self._base.full_logits(hidden, segments["unembed"]))
+        self._decoding = [sequence for sequence in self._decoding if sequence.stop_reason is None]
+
+    def _forward(
+        self,
+        tokens: list[int],
+        positions: list[int],
+        attend: PrefillAttend | DecodeAttend,
+        segments: dict[Group, list[Segment]],
+    ) -> torch.Tensor:
+        self._base.segments.set(segments)
+        device = self._base.device
+        return self._base.hidden_states(
+            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attend
+        )
+
+    def _logits(self, sequences: list[Sequence], hidden: torch.Tensor) -> torch.Tensor:
+        segments = make_segments((sequence.job.adapter, 1) for sequence in sequences)
+        return self._base.full_logits(hidden, segments["unembed"])
+
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Append a drawn token to each sequence from its row of ``logits`` [B, V]."""
+        params = [
+            DrawParams.of(s.job.request.params, s.job.seed, s.index, s.num_generated) for s in sequences
+        ]
+        k = max(s.job.request.topk_sample_logprobs for s in sequences)
+        drawn = draw_tokens(logits, params, k)
+        for row, sequence in enumerate(sequences):
+            sequence.append(int(drawn.tokens[row]), float(drawn.logprobs[row]))
+            wanted = sequence.job.request.topk_sample_logprobs
+            if wanted:
+                assert drawn.topk is not None
+                sequence.topk_ids.append(drawn.topk.token_ids[row, :wanted])
+                sequence.topk_logprobs.append(drawn.topk.logprobs[row, :wanted])
+
+    def _finished(self) -> Iterator[Outcome]:
+        for request_id, job in list(self._running.items()):
+            if not job.done:
+                continue
+            del self._running[request_id]
+            for sequence in job.sequences:
+                self._cache.release(sequence.rows)
+            yield Outcome(request_id, job.result())
+
+
+def _refusal(error: Exception) -> Failure:
+    if isinstance(error, ValueError):
+        return Failure(str(error))
+    return Failure("the weights to sample from are gone or damaged")

@@ -1,0 +1,143 @@
+"""A sampling request on its way: its sequences, and what has been scored of its prompt.
+
+Knows tokens, lengths and when a sequence ends. Does not know the model, the KV cache's blocks or how a token
+is drawn (draw.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from twinkle_serve.engine.draw import StopRule
+from twinkle_serve.engine.kv_cache import Rows
+from twinkle_serve.engine.slots import Adapter
+from twinkle_serve.protocol.data import SampledSequence, SampleRequest, SampleResult, TopK
+from twinkle_serve.protocol.work import Sample
+
+EMPTY_TOPK = (0, -99999.0)
+
+
+@dataclass(eq=False, slots=True)
+class PromptScores:
+    """Logprobs asked for at prompt positions, NaN or empty until scored. ``first`` is the first position
+    wanted; the logprob of prompt token p comes from the hidden state at p - 1, and hidden states before
+    ``scored_to`` have been used."""
+
+    request: SampleRequest
+    first: int
+    logprobs: npt.NDArray[np.float32]
+    topk: TopK | None
+    targets: npt.NDArray[np.float32] | None
+    alternatives: TopK | None
+    scored_to: int = 0
+
+    @classmethod
+    def of(cls, request: SampleRequest) -> PromptScores | None:
+        """None if nothing is asked for."""
+        length, k = len(request.prompt), request.topk_prompt_logprobs
+        wanted = (
+            request.prompt_logprobs
+            or k > 0
+            or request.prompt_alt_tokens_k > 0
+            or request.target_prompt_tokens is not None
+        )
+        if not wanted:
+            return None
+        last_n = request.prompt_logprobs_last_n
+        targets = request.target_prompt_tokens
+        return cls(
+            request=request,
+            first=1 if last_n is None else max(1, length - last_n),
+            logprobs=np.full(length, np.nan, np.float32),
+            topk=_empty_topk(length, k) if k > 0 else None,
+            targets=None if targets is None else np.zeros(targets.shape, np.float32),
+            alternatives=_empty_topk(length - 1, request.prompt_alt_tokens_k)
+            if request.prompt_alt_tokens_k > 0
+            else None,
+        )
+
+
+def _empty_topk(length: int, k: int) -> TopK:
+    token, logprob = EMPTY_TOPK
+    return TopK(np.full((length, k), token, np.int32), np.full((length, k), logprob, np.float32))
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample: the prompt's tokens followed by its own, of which the first ``rows.length`` are cached."""
+
+    job: Job
+    index: int
+    tokens: list[int]
+    stop: StopRule
+    rows: Rows = field(default_factory=Rows)
+    logprobs: list[float] = field(default_factory=list)
+    topk_ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    topk_logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    stop_reason: str | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.job.prompt_length
+
+    @property
+    def num_uncached(self) -> int:
+        return len(self.tokens) - self.rows.length
+
+    def append(self, token: int, logprob: float) -> None:
+        """Add a drawn token; sets ``stop_reason`` if it is the last one."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.stop.ends(token):
+            self.stop_reason = "stop"
+        elif self.num_generated >= self.job.max_tokens:
+            self.stop_reason = "length"
+
+    def result(self) -> SampledSequence:
+        assert self.stop_reason is not None
+        topk = TopK(np.stack(self.topk_ids), np.stack(self.topk_logprobs)) if self.topk_ids else None
+        return SampledSequence(
+            np.asarray(self.tokens[self.job.prompt_length :], np.int32),
+            np.asarray(self.logprobs, np.float32),
+            self.stop_reason,
+            topk,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One sampling request. ``max_tokens`` is bounded by the context; ``seed`` is always a number."""
+
+    sample: Sample
+    adapter: Adapter | None
+    max_tokens: int
+    seed: int
+    scores: PromptScores | None
+    sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def request(self) -> SampleRequest:
+        return self.sample.request
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.sample.request.prompt)
+
+    @property
+    def done(self) -> bool:
+        return len(self.sequences) == self.request.num_samples and all(
+            sequence.stop_reason is not None for sequence in self.sequences
+        )
+
+    def result(self) -> SampleResult:
+        scores, wants_logprobs = self.scores, self.request.prompt_logprobs
+        return SampleResult(
+            sequences=tuple(sequence.result() for sequence in self.sequences),
+            prompt_logprobs=scores.logprobs if scores is not None and wants_logprobs else None,
+            topk_prompt=scores.topk if scores is not None else None,
+            target_prompt_logprobs=scores.targets if scores is not None else None,
+            prompt_alternatives=scores.alternatives if scores is not None else None,
+        )
