@@ -39,7 +39,7 @@ class ScriptedBackend:
     samples: list[SampleRequest | Failure] = field(default_factory=list)
     holds: list[float] = field(default_factory=list)
     checkpoints: list[Mapping[str, Any]] = field(default_factory=list)
-    files: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     is_healthy: bool = True
     error: Exception | None = None
@@ -228,6 +228,6 @@ class ScriptedBackend:
     async def set_checkpoint_ttl(self, tenant: str, path: str, ttl_seconds: int | None) -> None:
         self._note("set_checkpoint_ttl", tenant, path, ttl_seconds)
 
-    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, Any]:
+    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, str]:
         self._note("checkpoint_files", tenant, path)
         return self.files

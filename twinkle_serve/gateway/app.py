@@ -15,10 +15,11 @@ from fastapi import FastAPI
 from twinkle_serve import __version__
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
-from twinkle_serve.gateway import checkpoints, futures, runs, sampling, service, sessions, training
+from twinkle_serve.gateway import checkpoints, downloads, futures, runs, sampling, service, sessions, training
 from twinkle_serve.gateway.context import Gateway, itself
 from twinkle_serve.gateway.http import install_error_handlers
 from twinkle_serve.gateway.identity import Identity, create_identity
+from twinkle_serve.gateway.links import Links
 
 PREFIX = "/api/v1"
 
@@ -42,10 +43,10 @@ def create_app(
         backend_provider=backend_provider,
         config=config,
         identity=identity or create_identity(config.auth),
-        signing_secret=signing_secret or secrets.token_bytes(32),
+        links=Links(signing_secret or secrets.token_bytes(32)),
         resolve=resolve,
     )
     install_error_handlers(app)
-    for part in (service, sessions, training, sampling, futures, runs, checkpoints):
+    for part in (service, sessions, training, sampling, futures, runs, checkpoints, downloads):
         app.include_router(part.router, prefix=PREFIX)
     return app

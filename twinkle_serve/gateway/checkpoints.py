@@ -16,7 +16,8 @@ from twinkle_serve.gateway.http import describes, no_content
 from twinkle_serve.protocol.paths import parse_path
 from twinkle_serve.protocol.requests import SetTtl, read
 
-router = APIRouter(tags=["checkpoints"], prefix="/training_runs/{run_id}/checkpoints/{kind}/{name}")
+CHECKPOINT_PREFIX = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
+router = APIRouter(tags=["checkpoints"], prefix=CHECKPOINT_PREFIX)
 
 
 def tinker_path(run_id: str, kind: str, name: str) -> str:
@@ -24,29 +25,29 @@ def tinker_path(run_id: str, kind: str, name: str) -> str:
     return str(parse_path(f"tinker://{run_id}/{kind}/{name}"))
 
 
-Path = Annotated[str, Depends(tinker_path)]
+CheckpointUrl = Annotated[str, Depends(tinker_path)]
 
 
 @router.delete("")
-async def delete(path: Path, call: Authenticated) -> Response:
+async def delete(path: CheckpointUrl, call: Authenticated) -> Response:
     await call.backend.delete_checkpoint(call.tenant, path)
     return no_content()
 
 
 @router.post("/publish")
-async def publish(path: Path, call: Authenticated) -> Response:
+async def publish(path: CheckpointUrl, call: Authenticated) -> Response:
     await call.backend.publish_checkpoint(call.tenant, path, True)
     return no_content()
 
 
 @router.delete("/publish")
-async def unpublish(path: Path, call: Authenticated) -> Response:
+async def unpublish(path: CheckpointUrl, call: Authenticated) -> Response:
     await call.backend.publish_checkpoint(call.tenant, path, False)
     return no_content()
 
 
 @router.put("/ttl", openapi_extra=describes(SetTtl))
-async def set_ttl(path: Path, request: Request, call: Authenticated) -> Response:
+async def set_ttl(path: CheckpointUrl, request: Request, call: Authenticated) -> Response:
     body = read(SetTtl, await call.object(request))
     await call.backend.set_checkpoint_ttl(call.tenant, path, body.ttl_seconds)
     return no_content()

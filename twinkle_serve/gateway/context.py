@@ -15,6 +15,7 @@ from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
 from twinkle_serve.gateway.http import read_body, read_object
 from twinkle_serve.gateway.identity import Identity
+from twinkle_serve.gateway.links import Links
 from twinkle_serve.protocol.batch import DatumLimits
 from twinkle_serve.protocol.sample import SampleLimits
 from twinkle_serve.protocol.work import ModelInfo
@@ -35,7 +36,7 @@ class Gateway:
     backend_provider: Callable[[], Backend]
     config: Config
     identity: Identity
-    signing_secret: bytes
+    links: Links
     resolve: Callable[[Any], Awaitable[Any]] = itself
     # The model behind a run or a sampler never changes, and its limits are needed for every request.
     models: dict[tuple[str, str], ModelInfo] = field(default_factory=dict)
