@@ -10,8 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinkle_serve.engine.optimizer import DueStep, NonFiniteGradientError, adamw_steps
-from twinkle_serve.protocol.data import AdamParams
+from twinkle_serve.engine.layout import AdapterLayout, Target
+from twinkle_serve.engine.optimizer import (
+    DueStep,
+    NonFiniteGradientError,
+    SlotStep,
+    adamw_step,
+    adamw_steps,
+)
+from twinkle_serve.engine.slots import SlotPool
+from twinkle_serve.protocol.data import AdamParams, LoraSpec
 
 
 class Blocks(NamedTuple):
@@ -197,6 +205,26 @@ def test_the_norm_of_a_large_block_is_exact_to_float32() -> None:
     assert isinstance(metrics, dict)
     exact = float(torch.tensor(1e-3)) * math.sqrt(8_000_001)
     assert metrics["grad_norm"] == pytest.approx(exact, rel=3e-6)
+
+
+def test_slots_are_stepped_counted_and_left_without_gradients() -> None:
+    layout = AdapterLayout.build([Target("linear", "m.q_proj", "attn", 20, 30)])
+    pool = SlotPool(layout, num_slots=3, max_rank=4, device=torch.device("cpu"))
+    for slot, rank in ((0, 2), (2, 4)):
+        pool.create(slot, LoraSpec(rank=rank, seed=slot))
+        pool.blocks(slot)[1].normal_()
+        pool.has_grads[slot] = True
+    pool.steps[2] = 7
+    pool.blocks(0)[1][0, 0] = math.nan
+    solo = Blocks(*(block.clone() for block in pool.blocks(2)))
+    expected = adamw_steps([solo.due(7, AdamParams())])
+    refused, taken = adamw_step([SlotStep(pool, 0, AdamParams()), SlotStep(pool, 2, AdamParams())])
+    assert isinstance(refused, NonFiniteGradientError)
+    assert [taken] == expected
+    assert all(torch.equal(x, y) for x, y in zip(pool.blocks(2), solo, strict=True))
+    assert pool.steps == [0, 0, 8]
+    assert pool.has_grads == [False, False, False]
+    assert not pool.grads.any()
 
 
 def test_nothing_due_is_nothing_done() -> None:

@@ -1,7 +1,7 @@
 """AdamW on whole adapter blocks, in place: torch's fused kernel, global-norm clipping, many blocks at once.
 
-Equals ``clip_grad_norm_`` followed by ``torch.optim.AdamW``. Knows blocks of floats and their moments. Does
-not know slots, ranks or which factors a block holds: what is zero with a zero gradient stays zero.
+Equals ``clip_grad_norm_`` followed by ``torch.optim.AdamW``. Knows slots as blocks of floats and moments. Does
+not know runs or which factors a block holds: what is zero with a zero gradient stays zero.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.optim.adamw import adamw
 
+from twinkle_serve.engine.slots import SlotPool
 from twinkle_serve.protocol.data import AdamParams
 from twinkle_serve.protocol.errors import UserError
 
@@ -29,6 +31,25 @@ _NOT_FINITE = "the accumulated gradients are not finite; the step was not taken 
 
 class NonFiniteGradientError(UserError):
     """A step was refused because the gradients are not finite, or too large for Adam's squares in float32."""
+
+
+class SlotStep(NamedTuple):
+    """A step that is due for the run in ``slot``."""
+
+    pool: SlotPool
+    slot: int
+    params: AdamParams
+
+
+def adamw_step(steps: Sequence[SlotStep]) -> list[dict[str, float] | NonFiniteGradientError]:
+    """Step distinct slots; the outcomes are those of ``adamw_steps``. The slots' counts of steps follow, and
+    no slot has gradients afterwards."""
+    due = [DueStep(*step.pool.blocks(step.slot), step.pool.steps[step.slot], step.params) for step in steps]
+    outcomes = adamw_steps(due)
+    for step, outcome in zip(steps, outcomes, strict=True):
+        step.pool.has_grads[step.slot] = False
+        step.pool.steps[step.slot] += not isinstance(outcome, NonFiniteGradientError)
+    return outcomes
 
 
 @dataclass(frozen=True, slots=True)
