@@ -94,7 +94,7 @@ class Assembly:
 Place = Callable[[int], object]
 
 
-class _Refused(Exception):  # noqa: N818
+class _Refused(Exception):
     """A command that is not run, and the failure that its client gets."""
 
     def __init__(self, failure: Failure) -> None:

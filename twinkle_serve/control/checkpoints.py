@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.control.backend import Invalid, NotFound
 from twinkle_serve.protocol.errors import UserError
@@ -120,6 +120,10 @@ class Checkpoints:
     def of_tenant(self, tenant: str) -> list[CheckpointRecord]:
         """Newest first."""
         return [self._records[key] for key in reversed(self._by_tenant.get(tenant, {}))]
+
+    def files(self, record: CheckpointRecord) -> dict[str, Any]:
+        """Relative file name to size in bytes, and under "" the absolute directory."""
+        return {**self._catalog.files(record.directory), "": record.directory}
 
     def pin(self, directory: str) -> None:
         self._pins[directory] += 1

@@ -19,14 +19,12 @@ from twinkle_serve.control.backend import (
     UnloadCommand,
 )
 from twinkle_serve.control.log import Entry
-from twinkle_serve.protocol.data import LoraSpec
 
 
 @dataclass(frozen=True, slots=True)
 class BirthCommand:
     """What every run's log begins with: make its adapter, fresh or from the checkpoint at ``path``."""
 
-    spec: LoraSpec
     path: str | None = None
     optimizer: bool = False
 

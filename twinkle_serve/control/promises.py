@@ -64,9 +64,8 @@ class PromiseTable:
         promise = self._promises.get(request_id)
         return promise.poll if promise is not None and promise.tenant == tenant else GONE
 
-    def is_pending(self, request_id: str) -> bool:
-        promise = self._promises.get(request_id)
-        return promise is not None and promise.poll.state == "pending"
+    def origin(self, request_id: str) -> Hashable:
+        return self._promises[request_id].origin
 
     def resolve(self, request_id: str, value: Any, now: float) -> None:
         self._settle(request_id, Poll("done", value=value), now)

@@ -1,0 +1,392 @@
+"""The control plane: the Backend that the gateway talks to, over one tick loop a base model.
+
+Knows which registry answers what and which group a run belongs to. Does not know transports, and never
+waits for a tick: commands go into logs, and answers are polled for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from twinkle_serve.config import Config
+from twinkle_serve.control.assembly import Flight, check_loadable
+from twinkle_serve.control.backend import Command, Invalid, NotFound, Poll, RunInfo
+from twinkle_serve.control.books import open_books
+from twinkle_serve.control.checkpoints import key_of, path_of
+from twinkle_serve.control.clock import Clock, SystemClock, Timer
+from twinkle_serve.control.commands import BirthCommand
+from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
+from twinkle_serve.control.group import Group
+from twinkle_serve.control.promises import random_token
+from twinkle_serve.control.runs import Run, run_id_for
+from twinkle_serve.control.samplers import Sampler, sampler_id_for
+from twinkle_serve.control.views import checkpoint_view, run_view, text_values, weights_view
+from twinkle_serve.protocol.data import LoraSpec, SampleRequest
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.work import AdapterRef, Failure, ModelInfo, Sample
+from twinkle_serve.storage.records import CheckpointRecord, RunRecord, SamplerRecord
+
+if TYPE_CHECKING:
+    from twinkle_serve.storage.catalog import Catalog
+
+_SWEEP_EVERY_S = 5.0
+_STOPPING = Failure("the server is shutting down", "server")
+
+
+class ControlPlane:
+    """See control.backend.Backend for what each method promises. ``start`` before, ``close`` after."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        catalog: Catalog,
+        config: Config,
+        clock: Clock | None = None,
+        *,
+        weight: Callable[[str], float] = lambda tenant: 1.0,
+        recover: Recover = fail_in_flight,
+        new_token: Callable[[], str] = random_token,
+    ) -> None:
+        """groups: by base model name, each loaded. weight: a tenant's share. recover: what to do about the
+        requests and runs of a group that died. new_token: where unguessable ids come from."""
+        self._limits = config.limits
+        gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
+        self._clock = clock or SystemClock()
+        self._books = open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token)
+        models = {model.name: model for model in config.models}
+        self._drivers = {
+            name: GroupDriver(group, self._books, models[name], weight, recover)
+            for name, group in groups.items()
+        }
+        self._gap_timers: dict[str, Timer] = {}
+        self._sweep_timer: Timer | None = None
+        self._closing = False
+
+    async def start(self) -> None:
+        for driver in self._drivers.values():
+            driver.start()
+        self._sweep()
+
+    async def close(self, timeout_s: float = 10.0) -> None:
+        """Let running ticks end within ``timeout_s``; then everything still pending fails."""
+        self._closing = True
+        await asyncio.gather(*(driver.close(timeout_s) for driver in self._drivers.values()))
+        for timer in [*self._gap_timers.values(), *filter(None, [self._sweep_timer])]:
+            timer.cancel()
+        self._books.promises.fail_all(_STOPPING, self._clock.now())
+
+    async def healthy(self) -> bool:
+        return not self._closing and all(driver.healthy for driver in self._drivers.values())
+
+    async def models(self) -> Sequence[ModelInfo]:
+        return [driver.group.info for driver in self._drivers.values()]
+
+    # sessions -------------------------------------------------------------------------------------
+
+    async def create_session(self, tenant: str, info: Mapping[str, Any]) -> str:
+        return self._books.sessions.create(tenant, info, self._clock.now())
+
+    async def heartbeat(self, tenant: str, session_id: str) -> bool:
+        return self._books.sessions.heartbeat(tenant, session_id, self._clock.now())
+
+    async def finish_session(self, tenant: str, session_id: str, reason: Mapping[str, Any]) -> None:
+        if not self._books.sessions.finish(tenant, session_id, reason):
+            return
+        for run_id, _ in self._books.sessions.get(tenant, session_id).models.values():
+            self._books.samplers.retire(run_id, keep=0)
+        for driver in self._drivers.values():
+            driver.wake()
+
+    async def list_sessions(self, tenant: str, limit: int, offset: int) -> list[str]:
+        return self._books.sessions.list(tenant, limit, offset)
+
+    async def get_session(self, tenant: str, session_id: str) -> Mapping[str, Any]:
+        session = self._books.sessions.get(tenant, session_id)
+        info = session.record.info
+        return {
+            "training_run_ids": [run_id for run_id, _ in session.models.values()],
+            "sampler_ids": self._books.samplers.of_session(session_id),
+            "user_metadata": text_values(info.get("user_metadata") or {}),
+            "display_name": info.get("display_name"),
+        }
+
+    # training -------------------------------------------------------------------------------------
+
+    async def create_model(
+        self,
+        tenant: str,
+        session_id: str,
+        model_seq_id: int,
+        base_model: str,
+        spec: LoraSpec,
+        user_metadata: Mapping[str, Any],
+    ) -> str:
+        max_rank = self._driver(base_model).group.info.max_rank
+        if not 1 <= spec.rank <= max_rank:
+            raise Invalid(f"lora_config.rank {spec.rank} is not between 1 and {max_rank}")
+        birth = BirthCommand()
+        return self._create_run(tenant, session_id, model_seq_id, base_model, spec, user_metadata, birth)
+
+    async def create_model_from(
+        self,
+        tenant: str,
+        session_id: str,
+        model_seq_id: int,
+        path: str,
+        optimizer: bool,
+        base_model: str | None,
+        user_metadata: Mapping[str, Any],
+    ) -> str:
+        self._books.sessions.get(tenant, session_id)
+        source = self._books.checkpoints.find(tenant, path)
+        model = source.base_model if base_model is None else base_model
+        self._driver(model)
+        try:
+            check_loadable(source, model, optimizer)
+        except UserError as error:
+            raise Invalid(str(error)) from None
+        birth = BirthCommand(path, optimizer)
+        return self._create_run(tenant, session_id, model_seq_id, model, source.spec, user_metadata, birth)
+
+    def _create_run(
+        self,
+        tenant: str,
+        session_id: str,
+        model_seq_id: int,
+        base_model: str,
+        spec: LoraSpec,
+        user_metadata: Mapping[str, Any],
+        birth: BirthCommand,
+    ) -> str:
+        now = self._clock.now()
+        session = self._books.sessions.usable(tenant, session_id, now)
+        run_id = run_id_for(session_id, model_seq_id)
+        if model_seq_id in session.models:
+            _, original = session.models[model_seq_id]
+            return original or self._failed(tenant, self._books.runs.get(tenant, run_id).down)
+        record = RunRecord(
+            run_id, session_id, model_seq_id, tenant, base_model, spec, now, now, text_values(user_metadata)
+        )
+        run = self._books.runs.create(record)
+        request_id = self._open(tenant, ("run", run_id, 0))
+        session.models[model_seq_id] = (run_id, request_id)
+        run.log.prepend(request_id, birth)
+        self._drivers[base_model].ready(run)
+        return request_id
+
+    async def submit(self, tenant: str, run_id: str, seq_id: int | None, command: Command) -> str:
+        now = self._clock.now()
+        original = self._books.runs.get(tenant, run_id).log.original(seq_id)
+        if original is not None:
+            return original
+        run = self._books.runs.usable(tenant, run_id, now)
+        driver = self._driver(run.record.base_model)
+        request_id = self._open(tenant, ("run", run_id, seq_id))
+        failure = run.log.append(seq_id, request_id, command, now)
+        if failure is not None:
+            self._books.fail(request_id, failure)
+        driver.ready(run)
+        self._watch_gap(run)
+        return request_id
+
+    def _watch_gap(self, run: Run) -> None:
+        """See to it that a hole in the run's seq_ids is given up in time."""
+        deadline = run.log.deadline
+        if deadline is not None and run.run_id not in self._gap_timers:
+            delay = max(0.0, deadline - self._clock.now())
+            self._gap_timers[run.run_id] = self._clock.call_later(delay, partial(self._gap_due, run))
+
+    def _gap_due(self, run: Run) -> None:
+        del self._gap_timers[run.run_id]
+        for request_id, failure in run.log.expire(self._clock.now()):
+            self._books.fail(request_id, failure)
+        self._watch_gap(run)
+
+    async def run_info(self, tenant: str, run_id: str) -> RunInfo:
+        record = self._books.runs.get(tenant, run_id).record
+        return RunInfo(run_id, tenant, self._driver(record.base_model).group.info, record.spec)
+
+    # sampling -------------------------------------------------------------------------------------
+
+    async def create_sampler(
+        self,
+        tenant: str,
+        session_id: str,
+        sampling_session_seq_id: int,
+        base_model: str | None,
+        model_path: str | None,
+    ) -> str:
+        now = self._clock.now()
+        session = self._books.sessions.usable(tenant, session_id, now)
+        if sampling_session_seq_id in session.samplers:
+            return session.samplers[sampling_session_seq_id]
+        if model_path is not None:
+            source = self._books.checkpoints.find(tenant, model_path)
+            if base_model not in (None, source.base_model):
+                raise Invalid(f"model_path {model_path!r} belongs to {source.base_model}, not {base_model}")
+            base_model = source.base_model
+        if base_model is None:
+            raise Invalid("one of base_model and model_path is needed")
+        self._driver(base_model)
+        sampler_id = sampler_id_for(session_id, sampling_session_seq_id)
+        if self._books.samplers.exists(sampler_id):
+            raise Invalid(f"sampling_session_seq_id {sampling_session_seq_id} belongs to a snapshot")
+        record = SamplerRecord(sampler_id, session_id, tenant, base_model, now, model_path)
+        self._books.samplers.create(record)
+        session.samplers[sampling_session_seq_id] = sampler_id
+        return sampler_id
+
+    async def sampler_info(self, tenant: str, sampler_id: str) -> Mapping[str, Any]:
+        record = self._books.samplers.get(tenant, sampler_id).record
+        return {
+            "sampler_id": sampler_id,
+            "base_model": record.base_model,
+            "model_path": record.model_path,
+            "model": self._driver(record.base_model).group.info,
+        }
+
+    async def sample(
+        self, tenant: str, sampler_id: str, seq_id: int | None, request: SampleRequest | Failure
+    ) -> tuple[str, list[str]]:
+        known = self._books.samplers.get(tenant, sampler_id).requests
+        if seq_id is not None and seq_id in known:
+            return known[seq_id]
+        sampler = self._books.samplers.usable(tenant, sampler_id)
+        driver = self._driver(sampler.record.base_model)
+        adapter = None if isinstance(request, Failure) else self._adapter(sampler.record)
+        request_id = self._open(tenant, ("sampler", sampler_id, seq_id), sampling=True)
+        num_samples = 1 if isinstance(request, Failure) else request.num_samples
+        answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
+        if seq_id is not None:
+            sampler.requests[seq_id] = answer
+        if not isinstance(request, Failure) and num_samples > self._limits.max_num_samples:
+            request = Failure(f"num_samples {num_samples} is above {self._limits.max_num_samples}")
+        if isinstance(request, Failure):
+            self._books.fail(request_id, request)
+        else:
+            work = Sample(request_id, tenant, adapter, request)
+            driver.sample(work, self._sample_flight(work, driver, sampler))
+        return answer
+
+    def _adapter(self, record: SamplerRecord) -> AdapterRef | None:
+        """What to sample with. A checkpoint that was overwritten meanwhile is another adapter."""
+        if record.snapshot is not None:
+            return AdapterRef(record.snapshot)
+        if record.model_path is None:
+            return None
+        source = self._books.checkpoints.find(record.tenant, record.model_path)
+        return AdapterRef(f"{path_of(key_of(source))}@{source.created_at!r}", source.directory)
+
+    def _sample_flight(self, work: Sample, driver: GroupDriver, sampler: Sampler) -> Flight:
+        """Holds on to the weights until the sample is over."""
+        samplers, checkpoints = self._books.samplers, self._books.checkpoints
+        sampler_id = sampler.record.sampler_id
+        directory = None if work.adapter is None else work.adapter.directory
+        samplers.started(sampler_id)
+        if directory is not None:
+            checkpoints.pin(directory)
+
+        def over(value: Any) -> Any:
+            samplers.ended(sampler_id)
+            if directory is not None:
+                checkpoints.unpin(directory)
+            driver.wake()
+            return value
+
+        return Flight(work.request_id, over, over, outlives_tick=True, num_sequences=work.request.num_samples)
+
+    async def cancel(self, tenant: str, request_id: str) -> None:
+        if self._books.promises.look(tenant, request_id).state != "pending":
+            return
+        origin = self._books.promises.origin(request_id)
+        if isinstance(origin, tuple) and origin[0] == "sampler":
+            record = self._books.samplers.get(tenant, str(origin[1])).record
+            self._drivers[record.base_model].cancel(tenant, request_id)
+
+    # promises -------------------------------------------------------------------------------------
+
+    async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
+        promises = self._books.promises
+        poll = promises.look(tenant, request_id)
+        if poll.state != "pending" or timeout_s <= 0:
+            return poll
+        woken = asyncio.Event()
+        unsubscribe = promises.subscribe(request_id, woken.set)
+        timer = self._clock.call_later(timeout_s, woken.set)
+        try:
+            await woken.wait()
+        finally:
+            timer.cancel()
+            unsubscribe()
+        return promises.look(tenant, request_id)
+
+    # management -----------------------------------------------------------------------------------
+
+    async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
+        runs = self._books.runs.of_tenant(tenant)
+        return [self._run_view(run) for run in runs[offset : offset + limit]], len(runs)
+
+    async def get_run(self, tenant: str, run_id: str) -> Mapping[str, Any]:
+        return self._run_view(self._books.runs.get(tenant, run_id))
+
+    async def list_checkpoints(
+        self, tenant: str, run_id: str | None, limit: int | None, offset: int
+    ) -> tuple[list[Mapping[str, Any]], int]:
+        if run_id is None:
+            records = self._books.checkpoints.of_tenant(tenant)
+        else:
+            records = self._books.checkpoints.of_run(self._books.runs.get(tenant, run_id).run_id)
+        end = None if limit is None else offset + limit
+        return [checkpoint_view(record) for record in records[offset:end]], len(records)
+
+    async def weights_info(self, tenant: str, path: str) -> Mapping[str, Any]:
+        record = self._books.checkpoints.find(tenant, path)
+        return weights_view(record.base_model, record.spec)
+
+    async def delete_checkpoint(self, tenant: str, path: str) -> None:
+        self._books.checkpoints.delete(self._owned(tenant, path))
+
+    async def publish_checkpoint(self, tenant: str, path: str, public: bool) -> None:
+        self._books.checkpoints.publish(self._owned(tenant, path), public)
+
+    async def set_checkpoint_ttl(self, tenant: str, path: str, ttl_seconds: int | None) -> None:
+        try:
+            self._books.checkpoints.set_ttl(self._owned(tenant, path), ttl_seconds, self._clock.now())
+        except UserError as error:
+            raise Invalid(str(error)) from None
+
+    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, Any]:
+        return self._books.checkpoints.files(self._books.checkpoints.find(tenant, path))
+
+    # helpers --------------------------------------------------------------------------------------
+
+    def _driver(self, base_model: str) -> GroupDriver:
+        driver = self._drivers.get(base_model)
+        if driver is None:
+            served = ", ".join(self._drivers)
+            raise NotFound(f"base model {base_model!r} is not served here; there is: {served}")
+        return driver
+
+    def _owned(self, tenant: str, path: str) -> CheckpointRecord:
+        return self._books.checkpoints.owned(tenant, path)
+
+    def _run_view(self, run: Run) -> Mapping[str, Any]:
+        return run_view(run.record, self._books.checkpoints.of_run(run.run_id))
+
+    def _open(self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False) -> str:
+        if self._closing:
+            raise Invalid("the server is shutting down")
+        return self._books.promises.open(tenant, origin, sampling)
+
+    def _failed(self, tenant: str, failure: Failure | None) -> str:
+        """A promise that has failed already."""
+        request_id = self._books.promises.open(tenant, None)
+        self._books.fail(request_id, failure or Failure("this model_seq_id is taken by an older run"))
+        return request_id
+
+    def _sweep(self) -> None:
+        self._books.sweep()
+        self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)
