@@ -1,7 +1,7 @@
 """AdamW on whole adapter blocks, in place: torch's fused kernel, global-norm clipping, many blocks at once.
 
-Equals ``clip_grad_norm_`` followed by ``torch.optim.AdamW``. Knows slots as blocks of floats and moments. Does
-not know runs or which factors a block holds: what is zero with a zero gradient stays zero.
+Equals ``clip_grad_norm_`` followed by ``torch.optim.AdamW``. Knows slots as blocks of floats and moments.
+Does not know runs or which factors a block holds: what is zero with a zero gradient stays zero.
 """
 
 from __future__ import annotations
