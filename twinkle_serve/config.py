@@ -5,11 +5,15 @@ Every field says its unit, range and default; an unknown key is an error. Knows 
 
 from __future__ import annotations
 
+import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from twinkle_serve.serve_file import from_serve_file
 
 
 class Strict(BaseModel):
@@ -25,7 +29,9 @@ class HttpConfig(Strict):
         None, description="base of download links; null: taken from the request's Host header"
     )
     poll_hold_s: float = Field(30.0, gt=0, le=40, description="longest time a poll is held, seconds")
-    max_body_bytes: int = Field(256 * 2**20, ge=2**20, description="largest request body, bytes, decompressed")
+    max_body_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="largest request body, bytes, decompressed"
+    )
 
 
 class AuthConfig(Strict):
@@ -46,7 +52,9 @@ class SamplerConfig(Strict):
     max_batch: int = Field(64, ge=1, le=4096, description="sequences decoded together")
     adapter_slots: int = Field(8, ge=1, description="sampler snapshots resident at once")
     kv_cache_tokens: int = Field(65_536, ge=256, description="tokens of KV cache, all sequences together")
-    prefill_chunk_tokens: int = Field(2_048, ge=16, description="prompt tokens prefilled between decode steps")
+    prefill_chunk_tokens: int = Field(
+        2_048, ge=16, description="prompt tokens prefilled between decode steps"
+    )
     decode_budget_ms: float = Field(
         50.0, gt=0, description="decoding time a tick may spend while training work waits, milliseconds"
     )
@@ -54,7 +62,10 @@ class SamplerConfig(Strict):
 
 class PlannerConfig(Strict):
     company_wait_ms: float = Field(
-        4.0, ge=0, le=1000, description="longest a ready pass waits for a recently active tenant, milliseconds"
+        4.0,
+        ge=0,
+        le=1000,
+        description="longest a ready pass waits for a recently active tenant, milliseconds",
     )
     tick_tokens: int = Field(16_384, ge=1, description="training tokens taken into one tick, all tenants")
     gap_timeout_s: float = Field(
@@ -84,7 +95,9 @@ class ModelConfig(Strict):
         False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
     )
     tick_deadline_s: float = Field(
-        600.0, gt=0, description="a group that has not finished a tick after this is killed and rebuilt, seconds"
+        600.0,
+        gt=0,
+        description="a group that has not finished a tick after this is killed and rebuilt, seconds",
     )
     host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
     sampler: SamplerConfig = SamplerConfig()
@@ -93,7 +106,9 @@ class ModelConfig(Strict):
 
 class LimitsConfig(Strict):
     result_retention_s: float = Field(1800.0, gt=0, description="finished results can be polled this long")
-    session_expiry_s: float = Field(600.0, ge=120, description="a session without heartbeat expires after this")
+    session_expiry_s: float = Field(
+        600.0, ge=120, description="a session without heartbeat expires after this"
+    )
     max_datums_per_request: int = Field(65_536, ge=1)
     max_num_samples: int = Field(256, ge=1)
     sampler_snapshots_per_run: int = Field(4, ge=1, description="newest ephemeral snapshots kept per run")
@@ -119,19 +134,58 @@ class Config(Strict):
             raise ValueError(f"models: names must be unique, got {names}")
         return self
 
+    @model_validator(mode="after")
+    def _open_is_private(self) -> Config:
+        if self.auth.mode == "open" and not self.auth.allow_public and not _is_loopback(self.http.host):
+            raise ValueError(
+                f"auth.mode open lets anybody in, so http.host {self.http.host} must be a loopback address; "
+                "auth.allow_public=true overrides this"
+            )
+        return self
+
+    def resolved(self, base: Path) -> Config:
+        """The same with paths made absolute: relative ones are taken from the directory ``base``."""
+        root = base / self.storage.root.expanduser()
+        models = [
+            model if "://" in model.path else model.model_copy(update={"path": _absolute(base, model.path)})
+            for model in self.models
+        ]
+        storage = self.storage.model_copy(update={"root": root})
+        return self.model_copy(update={"models": models, "storage": storage})
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``dotted.key=value`` overrides (values are YAML; list items by index).
 
-    Raises ValueError (pydantic's ValidationError included) naming the key that is wrong.
+    The file is our configuration, or a ``serve deploy`` file with it in the application's ``args``. Relative
+    paths in it are taken from the current directory. Raises OSError, or ValueError (pydantic's
+    ValidationError included) naming the key that is wrong.
     """
-    tree = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a mapping of settings is expected")
+    if "applications" in tree:
+        tree = from_serve_file(tree)
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"--set {override!r}: expected dotted.key=value")
         _assign(tree, key.split("."), yaml.safe_load(value), override)
-    return Config.model_validate(tree)
+    return Config.model_validate(tree).resolved(Path.cwd())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _absolute(base: Path, path: str) -> str:
+    return os.path.normpath(base / Path(path).expanduser())
 
 
 def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
@@ -141,8 +195,10 @@ def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
     if isinstance(node, list):
         _child(node, last, None, override)
         node[int(last)] = value
-    else:
+    elif isinstance(node, dict):
         node[last] = value
+    else:
+        raise ValueError(f"--set {override!r}: {last!r} is below a plain value")
 
 
 def _child(node: Any, key: str, default: Any, override: str) -> Any:

@@ -1,0 +1,56 @@
+"""The Ray Serve application: the whole wiring on one screen.
+
+Knows which parts exist and how they are joined. Does not know what any of them does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from twinkle_serve.config import Config, load_config
+
+# Waiting polls hold no CPU; a replica is a decoder of JSON and protobuf with many open connections.
+MAX_OPEN_REQUESTS = 10_000
+SHUTDOWN_S = 5.0
+
+
+def build_app(config: Config | dict[str, Any] | str | Path) -> Application:
+    """The application of ``config``: a tree, the path of a YAML file, or a Config.
+
+    For a ``serve deploy`` file: ``import_path: twinkle_serve.app:build_app``, ``args: {our configuration}``.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    elif isinstance(config, dict):
+        config = Config.model_validate(config).resolved(Path.cwd())
+
+    def asgi_app() -> Any:
+        return ingress_app(config)
+
+    ingress = serve.deployment(
+        serve.ingress(asgi_app)(),
+        name="ingress",
+        num_replicas=config.http.replicas,
+        max_ongoing_requests=MAX_OPEN_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    return ingress.bind()
+
+
+def ingress_app(config: Config) -> Any:
+    """What one ingress replica runs: the gateway in front of the coordinator."""
+    from twinkle_serve.cluster.client import CoordinatorClient, resolve
+    from twinkle_serve.gateway.app import create_app
+    from twinkle_serve.storage.secret import shared_secret
+
+    client = CoordinatorClient(config)
+    secret = shared_secret(config.storage.root)
+    app = create_app(lambda: client.backend, config, resolve=resolve, signing_secret=secret)
+    app.router.lifespan_context = client.attached
+    return app

@@ -1,0 +1,219 @@
+"""The ``twinkle-serve`` command: check a configuration, and run the service in the foreground.
+
+Knows arguments, exit codes and what is printed. Does not know how the service works. Imports ray only where
+a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import ValidationError
+
+from twinkle_serve import __version__
+from twinkle_serve.config import Config, load_config
+from twinkle_serve.serve_file import to_serve_file
+
+STOP_S = 25.0
+
+
+class CommandError(Exception):
+    """Ends the command with its message, one line on stderr, and exit code 1."""
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C arrived."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(_load(options), options)
+    except CommandError as error:
+        print(f"twinkle-serve: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _load(options: argparse.Namespace) -> Config:
+    try:
+        return load_config(options.config, options.set)
+    except ValidationError as error:
+        raise CommandError("; ".join(_problem(detail) for detail in error.errors())) from None
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="twinkle-serve", description="Operate a Twinkle Serve server.")
+    parser.add_argument("--version", action="version", version=f"twinkle-serve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        sub.add_argument("--set", action="append", metavar="dotted.key=value", help="override a setting")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("up", up, "Run the service in the foreground until Ctrl-C or SIGTERM.")
+    command("check-config", check_config, "Say whether a configuration is right.")
+    printing = command("print-config", print_config, "Print the configuration with overrides applied.")
+    printing.add_argument("--serve", action="store_true", help="in the form that `serve deploy` takes")
+    return parser
+
+
+def _problem(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    what = detail["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
+def check_config(config: Config, options: argparse.Namespace) -> None:
+    """Print one line; load_config has done the work."""
+    names = ", ".join(model.name for model in config.models)
+    print(f"{options.config}: fine; serves {names} at http://{config.http.host}:{config.http.port}")
+
+
+def print_config(config: Config, options: argparse.Namespace) -> None:
+    """The whole configuration, or with --serve what differs from the defaults, as a deploy file."""
+    if options.serve:
+        changed = config.model_dump(mode="json", exclude_defaults=True)
+        tree = to_serve_file(changed | {"http": config.http.model_dump(mode="json")})
+    else:
+        tree = config.model_dump(mode="json")
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+
+
+# up -----------------------------------------------------------------------------------------------------
+
+
+def up(config: Config, options: argparse.Namespace) -> None:
+    """Serve until a signal comes. Only the ``ready`` line goes to stdout, everything else to stderr."""
+    ready = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    _require_free(config.http.host, config.http.port)
+    # Imported late: `check-config` must not wait for ray, whose switches are read when it is imported.
+    from twinkle_serve.cluster.private_ray import private_ray
+
+    try:
+        _say("starting Ray ...")
+        with private_ray(config.ray, namespace="twinkle-serve"):
+            try:
+                _start(config)
+                print(f"ready {_url(config)}", file=ready, flush=True)
+                threading.Event().wait()
+            finally:
+                _limit_stopping()
+                _shut_down()
+    except Stopped:
+        _say("stopped")
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    _say(f"stopping on {signal.Signals(number).name} ...")
+    raise Stopped
+
+
+def _start(config: Config) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)  # Ray has put its own in place
+    import ray
+    from ray import serve
+
+    from twinkle_serve.app import build_app
+    from twinkle_serve.cluster import coordinator
+
+    # First of all, so that the model loads while Serve starts.
+    handle = coordinator.find_or_create(config)
+    handle.ping.remote()
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.http.host, "port": config.http.port})
+    serve.run(build_app(config), name="twinkle", route_prefix=config.http.route_prefix)
+    told = ""
+    while True:
+        status = ray.get(handle.ping.remote())
+        if status.message != told:
+            told = status.message
+            _say(told)
+        if status.state == "failed":
+            raise CommandError(status.message)
+        if status.state == "ready" and _healthy(config):
+            return
+        time.sleep(0.1)
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve
+
+    from twinkle_serve.cluster import coordinator
+
+    serve.shutdown()
+    try:
+        handle = coordinator.find()
+        ray.get(handle.stop.remote(), timeout=10)
+    except (ValueError, ray.exceptions.RayError) as error:
+        _say(f"the coordinator did not stop in order: {error}")
+
+
+def _limit_stopping() -> None:
+    """Whatever hangs while stopping, leave no process behind and end in time."""
+
+    def end() -> None:
+        from twinkle_serve.cluster.private_ray import descendants
+
+        _say("stopping takes too long: killing what is left")
+        for pid in descendants(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+        os._exit(1)
+
+    timer = threading.Timer(STOP_S, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CommandError(f"http.port {port} on {host} cannot be used: {error.strerror}") from None
+
+
+def _url(config: Config) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.http.host, config.http.host)
+    return f"http://{host}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
+
+
+def _healthy(config: Config) -> bool:
+    try:
+        # A proxy set in the environment is for the world outside.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{_url(config)}/api/v1/healthz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _say(text: str) -> None:
+    print(f"[twinkle-serve] {text}", file=sys.stderr, flush=True)

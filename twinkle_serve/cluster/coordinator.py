@@ -1,0 +1,147 @@
+"""The coordinator actor: runs the control plane over the actor groups, and owns what they answer.
+
+Knows how groups are started, and who is still interested in the service. Does not know HTTP, ordering or
+tenants (control/). It lives as long as the model does: ingress replicas come and go, and a result that
+a replica owned would go with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
+from twinkle_serve.config import Config
+from twinkle_serve.control.backend import Backend, Invalid, NotFound
+from twinkle_serve.control.service import ControlPlane
+from twinkle_serve.storage.catalog import Catalog
+
+_log = logging.getLogger(__name__)
+NAME = "coordinator"
+NAMESPACE = "twinkle-serve"
+METHODS = frozenset(name for name in vars(Backend) if not name.startswith("_"))
+# Each long poll of each client is one call that waits.
+MAX_WAITING_CALLS = 100_000
+# After `serve shutdown` no replica pings any more, and the base model must not stay behind.
+FORGOTTEN_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """state: "loading", "ready" or "failed"; message: what is going on, for people."""
+
+    state: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A call that was not answered: an error meant for the client, or None when not ready (see message)."""
+
+    error: Exception | None
+    message: str = ""
+
+
+class Coordinator:
+    """One per deployment. Every method is a coroutine in the actor's one event loop."""
+
+    def __init__(self, config: Config, engine: str = ENGINE) -> None:
+        self._config = config
+        self._groups = {model.name: RayGroup(model, engine) for model in config.models}
+        self._plane: ControlPlane | None = None
+        self._status = Status("loading", "starting")
+        self._life: asyncio.Task[None] | None = None
+        self._pinged_at = time.monotonic()
+
+    async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """One Backend method. Returns its result, or a Refusal: an exception would reach the caller with
+        a traceback for its message."""
+        assert method in METHODS, method
+        self._live()
+        if self._plane is None:
+            return Refusal(None, self._status.message)
+        try:
+            return await getattr(self._plane, method)(*arguments)
+        except (NotFound, Invalid) as error:
+            return Refusal(error)
+        except Exception:
+            _log.exception("%s failed", method)
+            raise
+
+    async def ping(self) -> Status:
+        """A replica is there. The first one starts everything."""
+        self._live()
+        self._pinged_at = time.monotonic()
+        return self._status
+
+    async def serves(self, config: Config) -> bool:
+        """Whether this coordinator does what one made from ``config`` would do."""
+        return _relevant(self._config) == _relevant(config)
+
+    async def stop(self) -> None:
+        """End the ranks and close the catalogue. The actor is of no use afterwards."""
+        self._status = Status("failed", "the service is stopping")
+        if self._life is not None and self._life is not asyncio.current_task():
+            self._life.cancel()
+        plane, self._plane = self._plane, None
+        if plane is not None:
+            await plane.stop()
+        for group in self._groups.values():
+            group.kill()
+
+    def _live(self) -> None:
+        """Start on the first call: an async actor has no running loop while it is constructed."""
+        if self._life is None:
+            self._life = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            await self._load()
+        except LoadError as error:
+            self._status = Status("failed", str(error))
+        except Exception as error:
+            _log.exception("the coordinator could not start")
+            self._status = Status("failed", f"cannot start: {error}")
+        while time.monotonic() - self._pinged_at < FORGOTTEN_S:
+            await asyncio.sleep(FORGOTTEN_S / 20)
+        _log.warning("nobody has asked for this service for %g s: it ends", FORGOTTEN_S)
+        await self.stop()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _load(self) -> None:
+        for name, group in self._groups.items():
+            self._status = Status("loading", f"loading base model {name}")
+            await group.start()
+        storage = self._config.storage
+        self._plane = ControlPlane(self._config, self._groups, Catalog(storage.root, storage.catalog_url))
+        await self._plane.start()
+        self._status = Status("ready", "ready")
+
+
+def _relevant(config: Config) -> Mapping[str, Any]:
+    return config.model_dump(include={"models", "storage", "limits"})
+
+
+def find_or_create(config: Config, engine: str = ENGINE) -> Any:
+    """A handle of the deployment's coordinator, which outlives the caller. Blocks for milliseconds."""
+    actor = ray.remote(Coordinator).options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_concurrency=MAX_WAITING_CALLS,
+        num_cpus=0,
+    )
+    return actor.remote(config, engine)
+
+
+def find() -> Any:
+    """A handle of the coordinator. Raises ValueError if there is none."""
+    return ray.get_actor(NAME, namespace=NAMESPACE)

@@ -1,0 +1,103 @@
+"""A Ray of our own on this machine: on the loopback address only, and ended to the last process.
+
+Knows Ray's switches and this machine's process table. Does not know what runs on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from twinkle_serve.config import RayConfig
+
+_PR_SET_CHILD_SUBREAPER = 36
+_SWITCHES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Despite its name this is what makes Ray choose 127.0.0.1 for itself and bind nothing else.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    # Serve's own switch: a replica's log would otherwise repeat every request.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+
+@contextmanager
+def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
+    """Ray while the block lasts. Call it once in a process, from the main thread, before ray is imported.
+
+    All processes below this one that the block started are gone afterwards.
+    """
+    os.environ |= _SWITCHES
+    # Given in the environment, so that nothing is read from or written to the home directory.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _adopt_orphans()
+    bystanders = descendants(os.getpid())
+    # A short path: Ray puts sockets below it, whose names must not exceed 107 bytes.
+    scratch = Path(tempfile.mkdtemp(prefix="twinkle-"))
+    try:
+        import ray
+
+        ray.init(
+            address="local",
+            namespace=namespace,
+            include_dashboard=config.dashboard,
+            dashboard_port=config.dashboard_port,
+            logging_level="warning",
+            _temp_dir=str(scratch),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        end_all(descendants(os.getpid()) - bystanders)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below ``pid``, those that are already dead included."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                # The name in parentheses may hold anything; after it come the state and the parent.
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found: set[int] = set()
+    queue = [pid]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found.update(below)
+        queue += below
+    return found
+
+
+def end_all(pids: set[int], patience_s: float = 3.0) -> None:
+    """Wait a little for these children of ours to end by themselves, then kill them."""
+    deadline = time.monotonic() + patience_s
+    while pids:
+        late = time.monotonic() >= deadline
+        for pid in sorted(pids):
+            try:
+                if late:
+                    os.kill(pid, signal.SIGKILL)
+                gone = os.waitpid(pid, 0 if late else os.WNOHANG)[0] == pid
+            except (ChildProcessError, ProcessLookupError):
+                # Not a child of ours: its parent, which is on the list, reaps it or leaves it to us.
+                gone = not Path(f"/proc/{pid}").exists()
+            if gone:
+                pids.discard(pid)
+        time.sleep(0.02)
+
+
+def _adopt_orphans() -> None:
+    """A process whose parent dies becomes our child instead of init's, so that none escapes us."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)

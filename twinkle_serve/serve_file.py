@@ -1,0 +1,50 @@
+"""Our configuration inside a ``serve deploy`` file, and back.
+
+Knows the layout of Ray Serve's file. Does not know what our settings mean, nor ray.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+IMPORT_PATH = "twinkle_serve.app:build_app"
+
+
+def from_serve_file(tree: dict[str, Any]) -> dict[str, Any]:
+    """The configuration tree in the ``args`` of the one application that is ours.
+
+    What Serve's own part says about address and route counts where ``args.http`` says nothing. Raises
+    ValueError when there is not exactly one such application.
+    """
+    applications = [app for app in tree["applications"] or [] if app.get("import_path") == IMPORT_PATH]
+    if len(applications) != 1:
+        raise ValueError(
+            f"applications: exactly one must have import_path {IMPORT_PATH}, found {len(applications)}"
+        )
+    (application,) = applications
+    options = tree.get("http_options") or {}
+    http = {key: options[key] for key in ("host", "port") if key in options}
+    if "route_prefix" in application:
+        http["route_prefix"] = application["route_prefix"]
+    config: dict[str, Any] = copy.deepcopy(application.get("args") or {})
+    if http:
+        config["http"] = http | (config.get("http") or {})
+    return config
+
+
+def to_serve_file(config: dict[str, Any]) -> dict[str, Any]:
+    """The file for ``serve deploy``. ``config`` is a dumped Config with all of ``http`` in it."""
+    http = config["http"]
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": http["host"], "port": http["port"]},
+        "applications": [
+            {
+                "name": "twinkle",
+                "route_prefix": http["route_prefix"],
+                "import_path": IMPORT_PATH,
+                "args": config,
+            }
+        ],
+    }
