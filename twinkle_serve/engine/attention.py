@@ -86,7 +86,9 @@ class PackedCausal:
             value.split(self._rows, 2),
             strict=True,
         )
-        outputs = [_equal_lengths(length, count, q, k, v, scale, window) for (length, count), q, k, v in parts]
+        outputs = [
+            _equal_lengths(length, count, q, k, v, scale, window) for (length, count), q, k, v in parts
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 

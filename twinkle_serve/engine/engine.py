@@ -65,10 +65,10 @@ class Engine:
         self._trainer = Trainer(self.base, self.pool)
         self._pages = PageStore(scratch / "runs", config.host_page_bytes)
         self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
-        adapters = SampleAdapters(
+        self._adapters = SampleAdapters(
             self.base.layout, self._snapshots, config.sampler.adapter_slots, self.base.device
         )
-        self._sampler = Sampler(self.base, adapters, config.sampler, directory)
+        self._sampler = Sampler(self.base, self._adapters, config.sampler, directory)
 
     @property
     def info(self) -> ModelInfo:
@@ -108,6 +108,7 @@ class Engine:
             yield _answer(snapshot.request_id, lambda item=snapshot: self._snapshot(item))
         for name in tick.drop_snapshots:
             self._snapshots.drop(name)
+            self._adapters.drop(name)
         clock.mark("save")
         yield from self._sampler.run(tick.cancels, tick.samples, tick.decode_budget_s)
         clock.mark("sample")

@@ -139,7 +139,13 @@ class _Experts(torch.autograd.Function):
             rank = adapter.spec.rank
             out[start:end].addmm_(down_hidden[start:end, :rank], b_t, alpha=adapter.scale)
         ctx.save_for_backward(x, weights, gate_up, hidden_gate, hidden_up, down_hidden)
-        ctx.module, ctx.routing, ctx.segments, ctx.targets, ctx.top_k = module, routing, segments, targets, top_k
+        ctx.module, ctx.routing, ctx.segments, ctx.targets, ctx.top_k = (
+            module,
+            routing,
+            segments,
+            targets,
+            top_k,
+        )
         return out
 
     @staticmethod

@@ -49,7 +49,9 @@ class PackedRows:
     lengths: list[int]
 
     @classmethod
-    def of(cls, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], device: torch.device) -> PackedRows:
+    def of(
+        cls, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], device: torch.device
+    ) -> PackedRows:
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         positions = np.arange(tokens.size) - starts
         return cls(

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.draw import draw_alternatives
+from twinkle_serve.engine.draw import DrawParams, draw_tokens
 from twinkle_serve.engine.sequences import Job, PromptScores
 from twinkle_serve.engine.slots import Segment, trained_groups
+
+_ALTERNATIVES = 2**32
+"""Sample indices from here on are random streams of prompt alternatives, apart from those of samples."""
 
 
 def score_prompt(base: BaseModel, job: Job, start: int, hidden: torch.Tensor) -> None:
@@ -65,15 +68,19 @@ def _logprobs(
 def _draw_alternatives(
     base: BaseModel, job: Job, scores: PromptScores, first: int, end: int, hidden: torch.Tensor
 ) -> None:
-    """k independent draws at each position, a chunk of logits at a time."""
+    """k independent draws at each position at the request's temperature, a few rows of logits at a time."""
     assert scores.alternatives is not None
-    chunk = base.config.logits_chunk_tokens
-    for offset in range(0, end - first, chunk):
-        rows = hidden[offset : offset + chunk]
-        positions = slice(first + offset, first + offset + rows.shape[0])
-        logits = base.full_logits(rows, _segments(job, rows.shape[0]))
-        drawn = draw_alternatives(
-            logits, job.request.params.temperature, job.seed, positions.start, job.request.prompt_alt_tokens_k
-        )
-        scores.alternatives.token_ids[positions] = drawn.token_ids
-        scores.alternatives.logprobs[positions] = drawn.logprobs
+    k, params = job.request.prompt_alt_tokens_k, job.request.params
+    step = max(1, base.config.logits_chunk_tokens // k)
+    for position in range(first, end, step):
+        rows = hidden[position - first : min(position + step, end) - first]
+        logits = base.full_logits(rows, _segments(job, rows.shape[0])).repeat_interleave(k, 0)
+        streams = [
+            DrawParams.of(params, job.seed, _ALTERNATIVES + draw, position + row)
+            for row in range(rows.shape[0])
+            for draw in range(k)
+        ]
+        drawn = draw_tokens(logits, streams)
+        places = slice(position, position + rows.shape[0])
+        scores.alternatives.token_ids[places] = drawn.tokens.view(-1, k).cpu().numpy()
+        scores.alternatives.logprobs[places] = drawn.logprobs.view(-1, k).cpu().numpy()

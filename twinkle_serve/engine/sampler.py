@@ -8,6 +8,7 @@ and adapters; does not know tenants' rights or when the next tick comes.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -178,7 +179,9 @@ class Sampler:
     def _give_up(self, blocked: Sequence) -> None:
         """Nothing runs that could free blocks for ``blocked``: take them from younger half-filled prompts, or
         end the sequence where the cache ends."""
-        others = [sequence for sequence in self._prefilling if sequence is not blocked and sequence.rows.blocks]
+        others = [
+            sequence for sequence in self._prefilling if sequence is not blocked and sequence.rows.blocks
+        ]
         if others:
             self._cache.release(others[-1].rows)
         elif blocked.num_generated:
@@ -215,7 +218,9 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             family = [sequence]
             if sequence.index == 0 and sequence.num_generated == 0:
-                family += [self._sequence(sequence.job, i) for i in range(1, sequence.job.request.num_samples)]
+                family += [
+                    self._sequence(sequence.job, i) for i in range(1, sequence.job.request.num_samples)
+                ]
                 sequence.job.sequences = family
             drawers += family
             rows += [row] * len(family)
@@ -293,8 +298,9 @@ class Sampler:
         ]
         k = max(s.job.request.topk_sample_logprobs for s in sequences)
         drawn = draw_tokens(logits, params, k)
+        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         for row, sequence in enumerate(sequences):
-            sequence.append(int(drawn.tokens[row]), float(drawn.logprobs[row]))
+            sequence.append(tokens[row], logprobs[row])
             wanted = sequence.job.request.topk_sample_logprobs
             if wanted:
                 assert drawn.topk is not None
@@ -308,7 +314,16 @@ class Sampler:
             del self._running[request_id]
             for sequence in job.sequences:
                 self._cache.release(sequence.rows)
-            yield Outcome(request_id, job.result())
+            yield Outcome(request_id, job.result(), _diverged(job))
+
+
+def _diverged(job: Job) -> Failure | None:
+    logprobs = [logprob for sequence in job.sequences for logprob in sequence.logprobs]
+    if all(map(math.isfinite, logprobs)):
+        return None
+    return Failure(
+        "the logits are not finite: these weights have diverged; sample from an earlier checkpoint"
+    )
 
 
 def _refusal(error: Exception) -> Failure:

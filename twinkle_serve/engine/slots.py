@@ -198,9 +198,7 @@ class SlotPool:
         assert self._adapters[slot] is None, f"slot {slot} is taken"
         assert spec.rank <= self.weights.shape[1]
         rank = spec.rank
-        self._adapters[slot] = Adapter(
-            self.layout, spec, self.weights[slot, :rank], self.grads[slot, :rank]
-        )
+        self._adapters[slot] = Adapter(self.layout, spec, self.weights[slot, :rank], self.grads[slot, :rank])
 
 
 def _host_copy(block: torch.Tensor) -> torch.Tensor:

@@ -97,9 +97,7 @@ class Trainer:
                 self._pool.blocks(slot)[1].copy_(backup)
                 self._pool.has_grads[slot] = True
 
-    def _attempt(
-        self, todo: Sequence[Microbatch], states: Sequence[_PassState]
-    ) -> tuple[set[int], set[int]]:
+    def _attempt(self, todo: Sequence[Microbatch], states: Sequence[_PassState]) -> tuple[set[int], set[int]]:
         """Run microbatches. Returns the slots whose gradients must be taken back and computed again, and the
         indices into ``todo`` of the microbatches that did not fit into memory."""
         tainted: set[int] = set()
@@ -180,9 +178,7 @@ class Trainer:
         for state, piece, part in zip(states, pieces, parts, strict=True):
             start, end = end, end + part.targets.size
             leaf = logprobs[start:end].clone().requires_grad_()
-            inputs = {
-                name: torch.from_numpy(values).to(leaf.device) for name, values in part.inputs.items()
-            }
+            inputs = {name: torch.from_numpy(values).to(leaf.device) for name, values in part.inputs.items()}
             lengths = torch.from_numpy(part.lengths)
             loss = compute_loss(state.request.loss_fn, leaf, inputs, lengths, _numbers(state.request))
             (part_gradient,) = torch.autograd.grad(loss.value, leaf)
