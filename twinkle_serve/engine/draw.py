@@ -183,8 +183,8 @@ def _top_k(logits: torch.Tensor, normalizer: torch.Tensor, k: int) -> TopK:
 class StopRule:
     """When one sample ends: fed its tokens in order, it says after which one.
 
-    decode: token ids to text, special tokens included. Only tokens that a stop string can span are decoded, so
-    a token costs the same however long the sample is.
+    decode: token ids to text, special tokens included. Only tokens that a stop string can span are decoded,
+    so a token costs the same however long the sample is.
     """
 
     _SPARE_TOKENS = 8

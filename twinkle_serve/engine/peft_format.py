@@ -1,0 +1,171 @@
+"""An adapter's block as the content of a PEFT directory, and back, bit for bit.
+
+Knows PEFT's key names and configuration. Experts are written one by one, as PEFT, vLLM and the tinker
+cookbook expect: the factor that a layer's experts share is repeated for each. Does not know files or
+checkpoints (adapter_files.py) or the optimizer's moments, which PEFT has no place for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from twinkle_serve.engine.layout import AdapterLayout, Group, Target
+from twinkle_serve.engine.slots import LORA_ALPHA, trained_groups
+from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.protocol.errors import UserError
+
+MAX_RANK = 32
+_PREFIX = "base_model.model."
+_EXPERT_NAMES = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
+_MUST_BE_OFF = (
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "use_rslora",
+    "use_dora",
+)
+
+
+def export_peft(
+    layout: AdapterLayout, block: torch.Tensor, spec: LoraSpec, base_model: str, alpha: int = LORA_ALPHA
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What ``adapter_config.json`` and ``adapter_model.safetensors`` hold for a block ``[rank, row_size]``.
+
+    Only what the run trains is written. The tensors are contiguous float32 copies; none share memory.
+    """
+    groups = trained_groups(spec)
+    tensors = {slot.key: slot.read(layout, block) for slot in _tensors(layout, groups)}
+    trained = (target for target in layout.targets if target.group in groups)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({_module_name(target).rsplit(".", 1)[-1] for target in trained}),
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    return config, tensors
+
+
+def import_peft(
+    layout: AdapterLayout, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, LoraSpec]:
+    """The block float32 ``[rank, row_size]`` of a PEFT adapter, and what it trains (the seed is not known).
+
+    Raises UserError, naming the key, for an adapter of another model or kind: it must cover whole groups of
+    targets (attention, MLP, unembedding), have alpha 32, and share hidden-side factors among experts.
+    """
+    rank = _rank(config)
+    known = {slot.key: slot for slot in _tensors(layout, ("attn", "mlp", "unembed"))}
+    unknown = [key for key in tensors if key not in known]
+    if unknown:
+        raise UserError(
+            f"the adapter has tensors that this base model has no LoRA target for: {_some(unknown)}"
+        )
+    groups = {known[key].target.group for key in tensors}
+    missing = [key for key, slot in known.items() if slot.target.group in groups and key not in tensors]
+    if missing or not groups:
+        raise UserError(f"the adapter lacks tensors: {_some(missing or list(known))}")
+    block = torch.zeros(rank, layout.row_size)
+    for key, tensor in tensors.items():
+        known[key].write(layout, block, tensor)
+    spec = LoraSpec(
+        rank=rank, train_attn="attn" in groups, train_mlp="mlp" in groups, train_unembed="unembed" in groups
+    )
+    return block, spec
+
+
+class _Tensor(NamedTuple):
+    """One tensor of a PEFT adapter: A ``[r, in]`` or B ``[out, r]`` of a target, or of one of its experts.
+
+    expert: which part of the block's columns it is; 0 where there is one part.
+    shared: an expert's copy of a factor that all experts of the layer share; the first one is not marked.
+    """
+
+    key: str
+    target: Target
+    is_a: bool
+    expert: int
+    shared: bool
+
+    def view(self, layout: AdapterLayout, block: torch.Tensor) -> torch.Tensor:
+        """Its place in the block, ``[r, features]``."""
+        target = self.target
+        if self.is_a:
+            columns, width = layout.a(block, target), target.in_features
+        else:
+            columns, width = layout.b_t(block, target), target.out_features
+        return columns[:, self.expert * width : (self.expert + 1) * width]
+
+    def read(self, layout: AdapterLayout, block: torch.Tensor) -> torch.Tensor:
+        view = self.view(layout, block)
+        return (view if self.is_a else view.t()).clone(memory_format=torch.contiguous_format)
+
+    def write(self, layout: AdapterLayout, block: torch.Tensor, tensor: torch.Tensor) -> None:
+        view = self.view(layout, block)
+        place = view if self.is_a else view.t()
+        if tensor.shape != place.shape:
+            raise UserError(
+                f"{self.key} has shape {list(tensor.shape)}; this base model needs {list(place.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(f"{self.key} has type {tensor.dtype}; it must be a floating point type")
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.key} has values that are not finite")
+        if self.shared and not torch.equal(place, tensor.to(place.dtype)):
+            raise UserError(
+                f"{self.key} differs from that of the layer's first expert; only adapters whose hidden-side "
+                "factors (A of gate_proj and up_proj, B of down_proj) are shared by all experts can be loaded"
+            )
+        place.copy_(tensor)
+
+
+def _tensors(layout: AdapterLayout, groups: Iterable[Group]) -> Iterator[_Tensor]:
+    """Every tensor of an adapter that trains ``groups``; a shared factor's first copy comes first."""
+    wanted = set(groups)
+    for target in layout.targets:
+        if target.group not in wanted:
+            continue
+        for is_a in (True, False):
+            factor = "lora_A" if is_a else "lora_B"
+            per_expert = target.num_experts > 0 and (target.kind == "expert_down") == is_a
+            for expert in range(max(1, target.num_experts)):
+                key = f"{_PREFIX}{_module_name(target, expert)}.{factor}.weight"
+                shared = target.num_experts > 0 and not per_expert and expert > 0
+                yield _Tensor(key, target, is_a, expert if per_expert else 0, shared)
+
+
+def _module_name(target: Target, expert: int = 0) -> str:
+    if target.kind == "linear":
+        return target.path
+    return f"{target.path}.{expert}.{_EXPERT_NAMES[target.kind]}"
+
+
+def _rank(config: Mapping[str, Any]) -> int:
+    """The rank in a PEFT configuration, everything else of which must be what this server computes."""
+    for name in _MUST_BE_OFF:
+        if config.get(name):
+            raise UserError(f"adapter_config.json: {name} is not supported, got {config[name]!r:.100}")
+    for name, wanted in (("peft_type", "LORA"), ("bias", "none"), ("lora_alpha", LORA_ALPHA)):
+        if config.get(name) != wanted:
+            raise UserError(f"adapter_config.json: {name} must be {wanted!r}, got {config.get(name)!r:.100}")
+    rank = config.get("r")
+    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise UserError(f"adapter_config.json: r must be an integer from 1 to {MAX_RANK}, got {rank!r:.100}")
+    return rank
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"
