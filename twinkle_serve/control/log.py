@@ -52,7 +52,8 @@ class CommandLog(Generic[C]):
         """
         if seq_id is None:
             seq_id = self._highest + 1
-        self._request_ids[seq_id] = request_id
+        else:
+            self._request_ids[seq_id] = request_id
         if seq_id < self._next:
             return Failure(f"seq_id {seq_id} comes too late: the run has already gone on past it")
         self._highest = max(self._highest, seq_id)
