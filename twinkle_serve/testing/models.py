@@ -108,14 +108,14 @@ def build_tiny_llama(
 
 
 def build_bench_moe(root: Path) -> Path:
-    """A random mixture of experts for benchmarks: 49M parameters, 16 experts of which 4 answer each token."""
+    """A random mixture of experts for benchmarks: 49M parameters, 16 experts of which 2 answer each token."""
     return build_tiny_qwen3_moe(
         root,
         vocab_size=8_192,
         hidden_size=512,
         num_layers=4,
         num_experts=16,
-        num_experts_per_token=4,
+        num_experts_per_token=2,
         expert_size=384,
     )
 
