@@ -13,8 +13,8 @@ from twinkle_serve.config import ModelConfig
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the workers to find the stand-in engine
+    root = str(Path(__file__).parents[2])  # for workers to find tests.cluster
+    os.environ |= {"RAY_memory_monitor_refresh_ms": "0", "PYTHONPATH": root}
     import ray
 
     ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)

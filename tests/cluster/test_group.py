@@ -16,7 +16,7 @@ from twinkle_serve.protocol.data import AdamParams
 from twinkle_serve.protocol.work import OptimStep, Outcome, Pass, SaveAdapter, Tick, TickReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-STANDIN = "standin_engine:StandinEngine"
+STANDIN = "tests.cluster.standin_engine:StandinEngine"
 
 
 @asynccontextmanager

@@ -22,7 +22,6 @@ from twinkle_serve.control.backend import Backend
 from twinkle_serve.protocol.errors import BackendUnavailable
 
 _log = logging.getLogger(__name__)
-_PING_S = 10.0
 
 
 class CoordinatorClient:
@@ -70,7 +69,7 @@ class CoordinatorClient:
             except RayError as error:
                 _log.warning("the coordinator does not answer: %s", error)
                 self._handle = await self._find_or_create()
-            await asyncio.sleep(_PING_S)
+            await asyncio.sleep(self._config.ray.orphan_exit_s / 8)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         try:

@@ -28,8 +28,6 @@ NAMESPACE = "twinkle-serve"
 METHODS = frozenset(name for name in vars(Backend) if not name.startswith("_"))
 # Each long poll of each client is one call that waits.
 MAX_WAITING_CALLS = 100_000
-# After `serve shutdown` no replica pings any more, and the base model must not stay behind.
-FORGOTTEN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class Coordinator:
     def __init__(self, config: Config, engine: str = ENGINE) -> None:
         self._config = config
         self._groups = {model.name: RayGroup(model, engine) for model in config.models}
+        self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
         self._plane: ControlPlane | None = None
         self._status = Status("loading", "starting")
         self._life: asyncio.Task[None] | None = None
@@ -91,7 +90,8 @@ class Coordinator:
             self._life.cancel()
         plane, self._plane = self._plane, None
         if plane is not None:
-            await plane.stop()
+            await plane.close()
+        self._catalog.close()
         for group in self._groups.values():
             group.kill()
 
@@ -108,9 +108,11 @@ class Coordinator:
         except Exception as error:
             _log.exception("the coordinator could not start")
             self._status = Status("failed", f"cannot start: {error}")
-        while time.monotonic() - self._pinged_at < FORGOTTEN_S:
-            await asyncio.sleep(FORGOTTEN_S / 20)
-        _log.warning("nobody has asked for this service for %g s: it ends", FORGOTTEN_S)
+        # After `serve shutdown` no replica pings any more, and the base model must not stay behind.
+        patience = self._config.ray.orphan_exit_s
+        while time.monotonic() - self._pinged_at < patience:
+            await asyncio.sleep(patience / 20)
+        _log.warning("nobody has asked for this service for %g s: it ends", patience)
         await self.stop()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
@@ -118,9 +120,9 @@ class Coordinator:
         for name, group in self._groups.items():
             self._status = Status("loading", f"loading base model {name}")
             await group.start()
-        storage = self._config.storage
-        self._plane = ControlPlane(self._config, self._groups, Catalog(storage.root, storage.catalog_url))
-        await self._plane.start()
+        plane = ControlPlane(self._groups, self._catalog, self._config)
+        await plane.start()
+        self._plane = plane
         self._status = Status("ready", "ready")
 
 
