@@ -159,7 +159,9 @@ class EchoGroup:
 
     async def _passes(self, tick: Tick) -> AsyncIterator[Outcome]:
         parts = [json.loads(p.datums) for p in tick.passes]
-        seen = Counter((piece.pass_index, i) for mb in tick.microbatches for piece in mb for i in piece.indices)
+        seen = Counter(
+            (piece.pass_index, i) for mb in tick.microbatches for piece in mb for i in piece.indices
+        )
         wanted = {(p, i) for p, (_, lengths) in enumerate(parts) for i in range(len(lengths))}
         assert seen == dict.fromkeys(wanted, 1), "not every datum is in exactly one microbatch"
         if tick.passes:

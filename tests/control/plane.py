@@ -23,7 +23,10 @@ FOREVER = 100_000.0
 
 def make_config(**planner: Any) -> Config:
     return Config.model_validate(
-        {"models": [{"name": "base", "path": "nowhere", "planner": planner}], "limits": {"session_expiry_s": 600}}
+        {
+            "models": [{"name": "base", "path": "nowhere", "planner": planner}],
+            "limits": {"session_expiry_s": 600},
+        }
     )
 
 

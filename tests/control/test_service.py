@@ -34,7 +34,12 @@ async def test_a_run_trains_saves_loads_and_samples(tmp_path):
         assert saved["path"] == f"tinker://{run}/weights/first"
         await client.do(run, 4, pass_command("b"))
         await client.do(run, 5, LoadCommand(saved["path"], True))
-        assert await client.do(run, 6, pass_command("c", backward=False)) == ("create", "a", "optim 1", "load")
+        assert await client.do(run, 6, pass_command("c", backward=False)) == (
+            "create",
+            "a",
+            "optim 1",
+            "load",
+        )
         snapshot = await client.do(run, 7, SnapshotCommand(0))
         await client.do(run, 8, pass_command("d"))
         sampler = snapshot["sampling_session_id"]

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twinkle_serve.control.admission import SampleQueue
+
+
+def queue_of(*samples: tuple[str, str, int], room: int = 4) -> SampleQueue[str]:
+    queue: SampleQueue[str] = SampleQueue(room)
+    for tenant, request_id, num_sequences in samples:
+        queue.push(tenant, request_id, num_sequences, request_id)
+    return queue
+
+
+def test_tenants_take_turns():
+    queue = queue_of(*[("heavy", f"h{n}", 1) for n in range(9)], ("light", "l0", 1))
+    assert queue.take(0) == ["h0", "l0", "h1", "h2"]
+    assert queue.take(3) == ["h3"]
+    assert queue.take(4) == []
+
+
+def test_a_turn_is_not_lost_between_ticks():
+    queue = queue_of(("a", "a0", 4), ("a", "a1", 4), ("b", "b0", 4))
+    assert [queue.take(0) for _ in range(3)] == [["a0"], ["b0"], ["a1"]]
+    assert queue.is_empty
+
+
+def test_one_that_is_larger_than_the_room_goes_alone():
+    queue = queue_of(("a", "big", 100), ("b", "b0", 1))
+    assert queue.take(1) == []
+    assert queue.take(0) == ["big"]
+    assert queue.take(100) == []
+    assert queue.take(0) == ["b0"]
+
+
+def test_taking_one_back():
+    queue = queue_of(("a", "a0", 1), ("b", "b0", 1))
+    assert queue.remove("a", "a0") == "a0"
+    assert queue.remove("a", "a0") is None
+    assert queue.remove("nobody", "x") is None
+    assert queue.take(0) == ["b0"]
+
+
+def test_draining():
+    queue = queue_of(("a", "a0", 1), ("b", "b0", 1))
+    assert sorted(queue.drain()) == ["a0", "b0"]
+    assert queue.is_empty
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), max_size=30))
+def test_all_are_admitted_once_in_order_of_their_tenant(samples):
+    named = [(tenant, f"{tenant}{n}", size) for n, (tenant, size) in enumerate(samples)]
+    queue = queue_of(*named)
+    taken = []
+    while not queue.is_empty:
+        taken += queue.take(0)
+    for tenant in "abc":
+        own = [request_id for t, request_id, _ in named if t == tenant]
+        assert [request_id for request_id in taken if request_id[0] == tenant] == own
