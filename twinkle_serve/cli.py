@@ -136,12 +136,15 @@ def _stop(number: int, _: Any) -> NoReturn:
 def _start(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)  # Ray has put its own in place
+    import logging
+
     import ray
     from ray import serve
 
     from twinkle_serve.app import build_app
     from twinkle_serve.cluster import coordinator
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # First of all, so that the model loads while Serve starts.
     handle = coordinator.find_or_create(config)
     handle.ping.remote()
