@@ -118,7 +118,9 @@ class RayConfig(Strict):
     dashboard: bool = Field(False, description="start Ray's dashboard with `up`")
     dashboard_port: int = Field(8265, ge=1, le=65535)
     orphan_exit_s: float = Field(
-        120.0, gt=0, description="the coordinator and its ranks end when no ingress replica lived so long, seconds"
+        120.0,
+        gt=0,
+        description="the coordinator and its ranks end when no ingress replica lived so long, seconds",
     )
 
 

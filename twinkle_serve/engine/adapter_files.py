@@ -1,7 +1,7 @@
 """A run as a checkpoint directory: a PEFT adapter plus the optimizer's moments.
 
-Knows which files a checkpoint has and what is in them. Does not know where checkpoints are kept, who owns them,
-or how a directory is written atomically (storage/checkpoints.py).
+Knows which files a checkpoint has and what is in them. Does not know where checkpoints are kept, who owns
+them, or how a directory is written atomically (storage/checkpoints.py).
 """
 
 from __future__ import annotations

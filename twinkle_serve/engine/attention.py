@@ -1,8 +1,8 @@
 """Attention over packed sequences: what the base model's attention modules call instead of their own.
 
 Registered with transformers as the attention implementation ``twinkle``. Which rows attend to which is the
-``Attend`` object in force, so training, prefill and decode share one model. Knows lengths; does not know LoRA,
-tenants or where a KV cache keeps its blocks (kv_cache.py).
+``Attend`` object in force, so training, prefill and decode share one model. Knows lengths; does not know
+LoRA, tenants or where a KV cache keeps its blocks (kv_cache.py).
 """
 
 from __future__ import annotations

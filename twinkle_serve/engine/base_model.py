@@ -190,12 +190,12 @@ def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch)
                 _mark_experts(module, path, segments, targets)
                 found.add("experts")
             if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
-                module.twinkle_attention = switch  # type: ignore[assignment]
+                module.twinkle_attention = switch
         if not found >= _ATTENTION or not found & {"experts", "down_proj"}:
             raise UnsupportedModel(
-                f"{type(model).__name__}: decoder layer {index} has no separate q_proj, k_proj, v_proj, o_proj "
-                f"and gate/up/down projections or fused experts; served are Llama, Mistral, Qwen2, Qwen3 and "
-                f"Qwen3-MoE like architectures"
+                f"{type(model).__name__}: decoder layer {index} has no separate q_proj, k_proj, v_proj, "
+                "o_proj and gate/up/down projections or fused experts; served are Llama, Mistral, Qwen2, "
+                "Qwen3 and Qwen3-MoE like architectures"
             )
     return targets
 

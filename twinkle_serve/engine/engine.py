@@ -1,7 +1,7 @@
 """The engine: walks a tick from top to bottom on one rank and yields every request's outcome.
 
-Knows the parts (slots, trainer, optimizer, sampler, paged adapters) and the order of a tick's fields. Does not
-know who asked, in which order requests came, or ray.
+Knows the parts (slots, trainer, optimizer, sampler, paged adapters) and the order of a tick's fields. Does
+not know who asked, in which order requests came, or ray.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,13 @@ class Engine:
     def run(self, tick: Tick) -> Iterator[Outcome | TickReport]:
         """Walk the tick; an outcome is yielded as soon as it is known, the report last."""
         clock = _PhaseClock()
-        for move in (*tick.page_out, *tick.drops, *tick.page_in):
+        moves: tuple[PageOut | DropRun | PageIn, ...] = (*tick.page_out, *tick.drops, *tick.page_in)
+        for move in moves:
             self._move(move)
         for create in tick.creates:
-            yield _answer(create.request_id, lambda c=create: self.pool.create(c.slot, c.spec))
+            yield _answer(create.request_id, partial(self.pool.create, create.slot, create.spec))
         for load in tick.loads:
-            yield _answer(load.request_id, lambda item=load: self._load(item))
+            yield _answer(load.request_id, partial(self._load, load))
         clock.mark("move")
         if tick.passes:
             yield from self._trainer.run(tick.passes, tick.microbatches)
@@ -103,9 +105,9 @@ class Engine:
             yield from self._optim(tick.optim_steps)
         clock.mark("optim")
         for save in tick.saves:
-            yield _answer(save.request_id, lambda item=save: self._save(item))
+            yield _answer(save.request_id, partial(self._save, save))
         for snapshot in tick.snapshots:
-            yield _answer(snapshot.request_id, lambda item=snapshot: self._snapshot(item))
+            yield _answer(snapshot.request_id, partial(self._snapshot, snapshot))
         for name in tick.drop_snapshots:
             self._snapshots.drop(name)
             self._adapters.drop(name)

@@ -1,4 +1,4 @@
-"""The KV cache in fixed blocks: which rows of the cache hold a sequence's keys and values, and attention on them.
+"""The KV cache in fixed blocks: which rows hold a sequence's keys and values, and attention on them.
 
 Blocks are shared by reference count, so the samples of one prompt keep it once. Knows layers, blocks and
 lengths; does not know requests, adapters or how tokens are chosen (sampler.py).

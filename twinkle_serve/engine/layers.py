@@ -1,12 +1,12 @@
 """LoRA on linear layers: one base product for the whole packed batch, low-rank products segment by segment.
 
-Backward writes factor gradients straight into the slots' buffers, so accumulation costs nothing and idle slots
-are not touched. Knows segments of rows; does not know tenants, losses or fused experts (experts.py).
+Backward writes factor gradients straight into the slots' buffers, so accumulation costs nothing and idle
+slots are not touched. Knows segments of rows; does not know tenants, losses or fused experts (experts.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ class Segments:
     """
 
     def __init__(self) -> None:
-        self._by_group: dict[Group, Sequence[Segment]] = {}
+        self._by_group: Mapping[Group, Sequence[Segment]] = {}
 
-    def set(self, by_group: dict[Group, Sequence[Segment]]) -> None:
+    def set(self, by_group: Mapping[Group, Sequence[Segment]]) -> None:
         self._by_group = by_group
 
     def of(self, group: Group) -> Sequence[Segment]:

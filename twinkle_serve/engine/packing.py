@@ -66,7 +66,8 @@ class LossRows:
     """The target elements of some datums, in order.
 
     rows: int64 [M], the packed row each element is predicted at (an element per position, or K for [N, K]
-    targets). targets: int64 [M]. inputs: the other loss inputs, float32 [M] each. lengths: elements per datum.
+    targets). targets: int64 [M]. inputs: the other loss inputs, float32 [M] each. lengths: elements of each
+    datum.
     """
 
     rows: npt.NDArray[np.int64]

@@ -1,8 +1,8 @@
 """The sampler: continuous batching on the training weights, many adapters in one decode batch.
 
-One step prefills a bounded chunk of waiting prompts, then decodes one token of every running sequence. When the
-KV cache is full the youngest sequence gives its blocks up and is prefilled again later. Knows sequences, blocks
-and adapters; does not know tenants' rights or when the next tick comes.
+One step prefills a bounded chunk of waiting prompts, then decodes one token of every running sequence. When
+the KV cache is full the youngest sequence gives its blocks up and is prefilled again later. Knows sequences,
+blocks and adapters; does not know tenants' rights or when the next tick comes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence as SequenceOf
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sampler:
-    """Admits samples, decodes them together, yields each request's SampleResult when its last sequence ends."""
+    """Admits samples, decodes them together, yields a request's SampleResult when its last sequence ends."""
 
     def __init__(
         self, base: BaseModel, adapters: SampleAdapters, config: SamplerConfig, directory: Path
@@ -98,7 +99,8 @@ class Sampler:
             )
         if len(request.prompt) >= self._config.kv_cache_tokens:
             raise ValueError(
-                f"prompt has {len(request.prompt)} tokens; the sampler's cache holds {self._config.kv_cache_tokens}"
+                f"prompt has {len(request.prompt)} tokens; "
+                f"the sampler's cache holds {self._config.kv_cache_tokens}"
             )
         if request.params.stop_strings:
             self._text.load()

@@ -1,8 +1,8 @@
 """forward and forward_backward of many requests: microbatch by microbatch, one run of the model each.
 
-Each request's loss reads its own logprobs, so losses, ranks and tenants mix in a microbatch. Gradients land in
-the slots. A request fails alone: whatever it had added to its run's gradients is taken back. Knows nothing of
-ordering or fairness (control/planner.py) and keeps no state between ticks but the slots' gradients.
+Each request's loss reads its own logprobs, so losses, ranks and tenants mix in a microbatch. Gradients land
+in the slots. A request fails alone: whatever it had added to its run's gradients is taken back. Knows nothing
+of ordering or fairness (control/planner.py) and keeps no state between ticks but the slots' gradients.
 """
 
 from __future__ import annotations
