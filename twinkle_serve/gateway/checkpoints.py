@@ -25,29 +25,30 @@ def tinker_path(run_id: str, kind: str, name: str) -> str:
     return str(parse_path(f"tinker://{run_id}/{kind}/{name}"))
 
 
+# Handlers name the caller first: without a key there is nothing to say about a path.
 CheckpointUrl = Annotated[str, Depends(tinker_path)]
 
 
 @router.delete("")
-async def delete(path: CheckpointUrl, call: Authenticated) -> Response:
+async def delete(call: Authenticated, path: CheckpointUrl) -> Response:
     await call.backend.delete_checkpoint(call.tenant, path)
     return no_content()
 
 
 @router.post("/publish")
-async def publish(path: CheckpointUrl, call: Authenticated) -> Response:
+async def publish(call: Authenticated, path: CheckpointUrl) -> Response:
     await call.backend.publish_checkpoint(call.tenant, path, True)
     return no_content()
 
 
 @router.delete("/publish")
-async def unpublish(path: CheckpointUrl, call: Authenticated) -> Response:
+async def unpublish(call: Authenticated, path: CheckpointUrl) -> Response:
     await call.backend.publish_checkpoint(call.tenant, path, False)
     return no_content()
 
 
 @router.put("/ttl", openapi_extra=describes(SetTtl))
-async def set_ttl(path: CheckpointUrl, request: Request, call: Authenticated) -> Response:
+async def set_ttl(call: Authenticated, path: CheckpointUrl, request: Request) -> Response:
     body = read(SetTtl, await call.object(request))
     await call.backend.set_checkpoint_ttl(call.tenant, path, body.ttl_seconds)
     return no_content()

@@ -35,7 +35,7 @@ Expires = Annotated[int, Query(ge=0, lt=2**40)]
 
 @router.get(CHECKPOINT_PREFIX + "/external_weights_urls")
 async def external_weights_urls(
-    run_id: str, kind: str, name: str, path: CheckpointUrl, request: Request, call: Authenticated
+    call: Authenticated, run_id: str, kind: str, name: str, path: CheckpointUrl, request: Request
 ) -> Response:
     """A link for each file."""
     expires, urls = 0, {}
@@ -46,7 +46,7 @@ async def external_weights_urls(
 
 @router.get(CHECKPOINT_PREFIX + "/archive")
 async def archive(
-    run_id: str, kind: str, name: str, path: CheckpointUrl, request: Request, call: Authenticated
+    call: Authenticated, run_id: str, kind: str, name: str, path: CheckpointUrl, request: Request
 ) -> Response:
     """SDKs up to 0.25: a redirect to one tar of all files."""
     await call.backend.checkpoint_files(call.tenant, path)

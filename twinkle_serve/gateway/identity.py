@@ -43,11 +43,11 @@ class OpenIdentity:
 def api_key(headers: Mapping[str, str]) -> str | None:
     """The caller's key: X-API-Key (the SDK), Authorization or Twinkle-Authorization, Bearer or bare."""
     for name in ("x-api-key", "authorization", "twinkle-authorization"):
-        value = headers.get(name, "").strip()
-        if value[:7].lower() == "bearer ":
-            value = value[7:].strip()
-        if value:
-            return value
+        words = headers.get(name, "").split()
+        if words and words[0].lower() == "bearer":
+            words = words[1:]
+        if words:
+            return " ".join(words)
     return None
 
 

@@ -123,7 +123,7 @@ def _read_column(
                 raise UserError(f"is [N, {widths[index]}], but {loss.name} takes [N]")
             if targets is not None and widths[index] != targets.widths[index]:
                 raise UserError(
-                    f"has {_shape(widths[index])}, but {TARGETS} is {_shape(targets.widths[index])}"
+                    f"is {_shape(widths[index])}, but {TARGETS} is {_shape(targets.widths[index])}"
                 )
         except UserError as error:
             raise UserError(f"data[{index}].loss_fn_inputs.{name} {error}") from None

@@ -13,6 +13,10 @@ import zstandard
 
 from twinkle_serve.protocol.errors import BodyTooLarge, MalformedBody
 
+# So little input at a time that even a bomb (128 KiB from 4 bytes) expands by at most 32 MiB before the
+# limit is looked at.
+_ZSTD_INPUT_BYTES = 1024
+
 
 def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
     """``body`` without its Content-Encoding. Raises BodyTooLarge above ``max_bytes``, MalformedBody for
@@ -21,14 +25,19 @@ def decompress(body: bytes, encoding: str | None, max_bytes: int) -> bytes:
         return body
     if encoding != "zstd":
         raise MalformedBody(f"Content-Encoding {encoding[:40]!r} is not supported; zstd is")
-    reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body, read_across_frames=True)
+    reader = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
+    parts, size = [], 0
     try:
-        data: bytes = reader.read(max_bytes + 1)
+        for start in range(0, len(body), _ZSTD_INPUT_BYTES):
+            parts.append(reader.decompress(body[start : start + _ZSTD_INPUT_BYTES]))
+            size += len(parts[-1])
+            if size > max_bytes:
+                raise BodyTooLarge(f"the body decompresses to more than {max_bytes} bytes")
     except zstandard.ZstdError as error:
         raise MalformedBody(f"the body is not valid zstd: {error}") from None
-    if len(data) > max_bytes:
-        raise BodyTooLarge(f"the body decompresses to more than {max_bytes} bytes")
-    return data
+    if not reader.eof:
+        raise MalformedBody("the body is not valid zstd: it is cut short")
+    return b"".join(parts)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

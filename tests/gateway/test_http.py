@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import zstandard
+
+from tests.gateway.scripted import ScriptedBackend
+from tests.protocol import sdk_bodies as sdk
+from twinkle_serve.config import Config
+from twinkle_serve.control.backend import PassCommand
+from twinkle_serve.gateway.context import _CACHE_SIZE, Call, Gateway
+from twinkle_serve.gateway.identity import OpenIdentity
+from twinkle_serve.gateway.links import Links
+
+
+@pytest.fixture
+def config(config: Config) -> Config:
+    return config.model_copy(update={"http": config.http.model_copy(update={"max_body_bytes": 2**20})})
+
+
+async def in_parts(size: int) -> AsyncIterator[bytes]:
+    for _ in range(0, size, 2**16):
+        yield bytes(2**16)
+
+
+async def test_a_body_above_the_limit_is_refused(client: httpx.AsyncClient) -> None:
+    for content in (bytes(2**20 + 1), in_parts(2**21)):
+        answer = await client.post("/forward_backward", content=content, headers=sdk.PROTO)
+        assert answer.status_code == 413
+        assert "1048576" in answer.json()["detail"]
+
+
+async def test_a_compressed_body(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
+    headers = sdk.PROTO | {"Content-Encoding": "zstd"}
+    body = zstandard.ZstdCompressor().compress(sdk.forward_proto([sdk.cross_entropy()]))
+    assert (await client.post("/forward_backward", content=body, headers=headers)).status_code == 200
+    assert isinstance(backend.commands[-1][2], PassCommand)
+    bomb = zstandard.ZstdCompressor().compress(bytes(2**26))
+    assert (await client.post("/forward_backward", content=bomb, headers=headers)).status_code == 413
+    assert (await client.post("/forward_backward", content=b"x", headers=headers)).status_code == 400
+
+
+async def test_a_body_is_not_needed_to_publish(client: httpx.AsyncClient) -> None:
+    path = "/training_runs/r:train:0/checkpoints/weights/a/publish"
+    answer = await client.post(path, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 204
+    assert answer.content == b""
+
+
+async def test_the_api_page_shows_requests(client: httpx.AsyncClient) -> None:
+    page = (await client.get("http://server/openapi.json")).json()
+    step = page["paths"]["/api/v1/optim_step"]["post"]["requestBody"]["content"]["application/json"]
+    assert "adam_params" in step["schema"]["properties"]
+
+
+async def test_the_cache_of_models_is_bounded(backend: ScriptedBackend, config: Config) -> None:
+    gateway = Gateway(lambda: backend, config, OpenIdentity(), Links(b"s"))
+    call = Call(gateway, backend, "t", "name")
+    for index in range(_CACHE_SIZE + 10):
+        await call.datum_limits(f"run-{index}")
+    assert len(gateway.models) == _CACHE_SIZE
+    assert ("t", "run-0") not in gateway.models

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tinker import types
+
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.sample import SampleLimits, decode_sample
+
+LIMITS = SampleLimits(vocab_size=50, max_length=10, eos_token_ids=(2,), max_num_samples=8)
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"prompt": {"chunks": [{"tokens": [1, 2, 3]}]}, **fields}
+
+
+def test_the_smallest_request() -> None:
+    request = decode_sample(body(sampling_params={}), LIMITS)
+    assert request.prompt.tolist() == [1, 2, 3]
+    assert request.prompt.dtype == np.int32
+    assert (request.num_samples, request.prompt_logprobs) == (1, False)
+    params = request.params
+    assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (None, 1.0, -1, 1.0)
+    assert (params.seed, params.stop_token_ids, params.stop_strings) == (None, (2,), ())
+
+
+def test_a_request_of_the_sdk() -> None:
+    sent = types.SampleRequest(
+        num_samples=4,
+        prompt=types.ModelInput.from_ints([5, 6]),
+        sampling_params=types.SamplingParams(max_tokens=7, seed=11, temperature=0.0, top_k=3, stop=[9]),
+        sampling_session_id="s",
+        seq_id=10**17,
+        prompt_logprobs=True,
+        topk_prompt_logprobs=2,
+        topk_sample_logprobs=1,
+        prompt_alt_tokens_k=2,
+        prompt_logprobs_last_n=1,
+    )
+    request = decode_sample(sent.model_dump(mode="json", exclude_none=True), LIMITS)
+    assert (request.num_samples, request.prompt_logprobs) == (4, True)
+    assert (request.topk_prompt_logprobs, request.topk_sample_logprobs) == (2, 1)
+    assert (request.prompt_alt_tokens_k, request.prompt_logprobs_last_n) == (2, 1)
+    params = request.params
+    assert (params.max_tokens, params.seed, params.temperature, params.top_k) == (7, 11, 0.0, 3)
+    assert params.stop_token_ids == (9,)
+
+
+def test_explicit_nulls_are_defaults() -> None:
+    params = {"max_tokens": None, "stop": None, "seed": None, "temperature": None, "top_p": None}
+    nulls = body(
+        num_samples=None,
+        prompt_logprobs=None,
+        prompt_logprobs_last_n=None,
+        target_prompt_logprobs=None,
+        sampling_params=params,
+    )
+    plain, sent = decode_sample(body(), LIMITS), decode_sample(nulls, LIMITS)
+    assert (plain.params, plain.num_samples) == (sent.params, sent.num_samples)
+    assert decode_sample(body(sampling_params=None), LIMITS).params == plain.params
+
+
+@given(st.integers())
+def test_any_seed_fits(seed: int) -> None:
+    found = decode_sample(body(sampling_params={"seed": seed}), LIMITS).params.seed
+    assert found is not None
+    assert 0 <= found < 2**63
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": None}, "prompt has no list of chunks"),
+        ({"prompt": {"chunks": []}}, "prompt is empty"),
+        ({"prompt": {"chunks": [{"tokens": [1] * 11}]}}, "prompt has 11 tokens; at most 10"),
+        ({"prompt": {"chunks": [{"tokens": [1, 50]}]}}, "prompt token 1 is 50, outside the vocabulary 0..49"),
+        ({"prompt": {"chunks": [{"tokens": [-1]}]}}, "prompt token 0 is -1"),
+        ({"prompt": {"chunks": [{"tokens": [1.5]}]}}, "prompt chunks.0..tokens is not a flat list"),
+        ({"prompt": {"chunks": [{"data": "x", "format": "png"}]}}, "prompt chunks.0. is an image"),
+        ({"prompt": {"chunks": [{"dmel": "x"}]}}, "audio"),
+        ({"num_samples": 0}, "num_samples is 0; 1 to 8"),
+        ({"num_samples": 9}, "num_samples is 9; 1 to 8"),
+        ({"num_samples": "many"}, "num_samples"),
+        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs is -1; 0 to 50"),
+        ({"topk_sample_logprobs": 51}, "topk_sample_logprobs is 51; 0 to 50"),
+        ({"prompt_alt_tokens_k": -2}, "prompt_alt_tokens_k"),
+        ({"prompt_logprobs_last_n": 3}, "prompt_logprobs_last_n is 3; 1 to 2"),
+        ({"sampling_params": {"max_tokens": 0}}, "max_tokens is 0"),
+        ({"sampling_params": {"temperature": -1}}, "temperature is -1"),
+        ({"sampling_params": {"temperature": math.nan}}, "temperature is nan"),
+        ({"sampling_params": {"top_p": 0}}, "top_p is 0"),
+        ({"sampling_params": {"top_p": 1.1}}, "top_p is 1.1"),
+        ({"sampling_params": {"top_k": "x"}}, "sampling_params.top_k"),
+        ({"sampling_params": {"stop": 5}}, "sampling_params.stop must be"),
+        ({"sampling_params": {"stop": {"a": 1}}}, "sampling_params.stop must be"),
+        ({"sampling_params": {"stop": ["a", 1]}}, "strings only, or token ids only"),
+        ({"sampling_params": {"stop": [""]}}, "non-empty"),
+        ({"sampling_params": {"stop": ""}}, "non-empty"),
+        ({"sampling_params": {"stop": [50]}}, "sampling_params.stop is 50; 0 to 49"),
+        ({"sampling_params": {"stop": [True]}}, "strings only, or token ids only"),
+        ({"sampling_params": {"stop": ["a"] * 65}}, "up to 64"),
+        ({"sampling_params": 3}, "sampling_params"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "length 1, but"),
+        ({"target_prompt_logprobs": {"data": [1, 2], "dtype": "int64"}}, r"must have shape \[2, K\]"),
+        ({"target_prompt_logprobs": {"data": [1, 50], "dtype": "int64", "shape": [2, 1]}}, "outside -1..49"),
+        ({"target_prompt_logprobs": {"data": [1, -2], "dtype": "int64", "shape": [2, 1]}}, "outside -1..49"),
+        (
+            {"target_prompt_logprobs": {"data": [1.0, 2.0], "dtype": "float32", "shape": [2, 1]}},
+            "must be int64",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decode_sample(body(**fields), LIMITS)
+
+
+def test_a_prompt_may_fill_the_context() -> None:
+    prompt = {"chunks": [{"tokens": [1] * 10}]}
+    assert decode_sample({"prompt": prompt}, LIMITS).prompt.size == 10
+
+
+def test_targets_dense_and_sparse() -> None:
+    dense = {"data": [4, -1, 0, 5], "dtype": "int64", "shape": [2, 2]}
+    found = decode_sample(body(target_prompt_logprobs=dense), LIMITS).target_prompt_tokens
+    assert found is not None
+    assert found.tolist() == [[4, -1], [0, 5]]
+    sparse = {
+        "data": [4, 0],
+        "dtype": "int64",
+        "shape": [2, 2],
+        "sparse_crow_indices": [0, 1, 2],
+        "sparse_col_indices": [0, 1],
+    }
+    found = decode_sample(body(target_prompt_logprobs=sparse), LIMITS).target_prompt_tokens
+    assert found is not None
+    assert found.tolist() == [[4, -1], [-1, 0]]
+
+
+def test_a_single_token_has_no_targets() -> None:
+    request = {
+        "prompt": {"chunks": [{"tokens": [1]}]},
+        "target_prompt_logprobs": {"data": [], "dtype": "int64"},
+    }
+    with pytest.raises(UserError, match="at least two tokens"):
+        decode_sample(request, LIMITS)
