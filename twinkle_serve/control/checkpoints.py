@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.control.backend import Invalid, NotFound
@@ -121,9 +122,10 @@ class Checkpoints:
         """Newest first."""
         return [self._records[key] for key in reversed(self._by_tenant.get(tenant, {}))]
 
-    def files(self, record: CheckpointRecord) -> dict[str, Any]:
-        """Relative file name to size in bytes, and under "" the absolute directory."""
-        return {**self._catalog.files(record.directory), "": record.directory}
+    def files(self, record: CheckpointRecord) -> dict[str, str]:
+        """Each file's name within the checkpoint to its absolute path."""
+        directory = Path(record.directory).absolute()
+        return {name: str(directory / name) for name in self._catalog.files(directory)}
 
     def pin(self, directory: str) -> None:
         self._pins[directory] += 1

@@ -95,7 +95,7 @@ class GroupDriver:
 
     def ready(self, run: Run) -> None:
         """The run's log has more."""
-        self.planner.ready(run.tenant, run.run_id, run.log)
+        self.planner.ready(run.tenant, run.run_id, run.log, self.books.clock.now())
         self._event.set()
 
     def sample(self, sample: Sample, flight: Flight) -> None:
@@ -161,7 +161,7 @@ class GroupDriver:
             logger.exception("a tick of %s failed", self.base_model)
             self._fail(window, assembly)
         finally:
-            self.planner.finished()
+            self.planner.finished(self.books.clock.now())
         self._settle_rest(assembly, tick)
         if not window.work and not self._num_sequences:
             await self._wait(self._next_look(window))

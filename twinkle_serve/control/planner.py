@@ -9,9 +9,10 @@ that no longer fits into a tick waits for the next one, at whose start the budge
 larger than the whole budget is served when nothing else is in the tick.
 
 Company: two clients that each send forward_backward and optim_step share a pass only if both are there
-when it starts. So before a pass starts, runs that were in the last pass and have nothing ready now get a
-few milliseconds to come back. Work without passes (optimizer steps, saves) never waits: its answers are
-what those clients are waiting for.
+when it starts. So before a pass starts, runs that were in the last pass and have nothing ready now get
+some milliseconds to come back: at most ``company_wait_s``, at most half of what the last pass took (or
+waiting would cost more than sharing gains), and only for runs that usually are that fast. Work
+without passes (optimizer steps, saves) never waits: its answers are what those clients are waiting for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from twinkle_serve.control.backend import PassCommand
+from twinkle_serve.control.backend import PassCommand, UnloadCommand
 from twinkle_serve.control.commands import RunCommand, RunEntry, Stage, next_stage, num_tokens
 from twinkle_serve.control.log import CommandLog
 
@@ -92,6 +93,9 @@ class Planner:
         self._queued: dict[str, CommandLog[RunCommand]] = {}
         self._running: dict[str, tuple[str, CommandLog[RunCommand]]] = {}
         self._in_step: set[str] = set()
+        self._pass_started: float | None = None
+        self._pass_seconds = 0.0
+        self._think: dict[str, _ThinkTime] = {}
         self._waiting_since: float | None = None
         self._floor = 0.0
         self._turns = 0
@@ -100,10 +104,12 @@ class Planner:
     def has_work(self) -> bool:
         return bool(self._queued)
 
-    def ready(self, tenant_name: str, run_id: str, log: CommandLog[RunCommand]) -> None:
+    def ready(self, tenant_name: str, run_id: str, log: CommandLog[RunCommand], now: float) -> None:
         """Something was added to ``log.ready``."""
         if not log.ready or run_id in self._queued or run_id in self._running:
             return
+        if run_id in self._think:
+            self._think[run_id].came(now, isinstance(log.ready[0].command, PassCommand))
         tenant = self._tenants.get(tenant_name)
         if tenant is None:
             tenant = self._tenants[tenant_name] = _Tenant(tenant_name, self._weight(tenant_name))
@@ -121,34 +127,47 @@ class Planner:
             tenant = self._tenants[work.tenant]
             self._running[work.run_id] = (work.tenant, tenant.runs.pop(work.run_id))
             del self._queued[work.run_id]
+            if isinstance(work.entries[-1].command, UnloadCommand):
+                self._leave(work.run_id)
         if fill.num_tokens:
             self._in_step = {work.run_id for work in fill.work.values() if work.has_pass}
             self._waiting_since = None
+            self._pass_started = now
         return Window(tuple(fill.work.values()), company_until)
 
-    def finished(self) -> None:
+    def finished(self, now: float) -> None:
         """The last window is over; its runs may have more."""
+        if self._pass_started is not None:
+            self._pass_seconds = now - self._pass_started
+            self._pass_started = None
         running, self._running = self._running, {}
         for run_id, (tenant, log) in running.items():
-            self.ready(tenant, run_id, log)
-
-    def leave(self, run_id: str) -> None:
-        """The run is not coming back for a pass soon: nobody waits for it."""
-        self._in_step.discard(run_id)
+            if run_id in self._in_step:
+                self._think.setdefault(run_id, _ThinkTime())
+            if run_id in self._think:
+                self._think[run_id].left(now)
+            self.ready(tenant, run_id, log, now)
 
     # company --------------------------------------------------------------------------------------
 
     def _company_until(self, now: float) -> float | None:
         """Until when passes wait, or None if they may start now."""
-        waiting = sum(num_tokens(log.ready[0].command) for log in self._queued.values())
+        longest = min(self._company_wait_s, self._pass_seconds / 2)
         absent = self._in_step - self._queued.keys()
-        if not absent or waiting == 0 or waiting >= self._tick_tokens:
+        waiting = sum(num_tokens(log.ready[0].command) for log in self._queued.values())
+        is_due = any(self._think[run_id].usual_s <= longest for run_id in absent)
+        if not is_due or waiting == 0 or waiting >= self._tick_tokens:
             self._waiting_since = None
             return None
         if self._waiting_since is None:
             self._waiting_since = now
-        until = self._waiting_since + self._company_wait_s
+        until = self._waiting_since + longest
         return until if now < until else None
+
+    def _leave(self, run_id: str) -> None:
+        """The run is over: nobody waits for it."""
+        self._in_step.discard(run_id)
+        self._think.pop(run_id, None)
 
     # fairness -------------------------------------------------------------------------------------
 
@@ -204,6 +223,25 @@ class Planner:
         if charge:
             self._turns += 1
             tenant.turn = self._turns
+
+
+@dataclass(slots=True)
+class _ThinkTime:
+    """How long a run's client takes from the answer to one pass to the next pass, not counting time that
+    the server took in between; smoothed."""
+
+    usual_s: float = 0.0
+    since: float = 0.0
+    total_s: float = 0.0
+
+    def left(self, now: float) -> None:
+        self.since = now
+
+    def came(self, now: float, with_pass: bool) -> None:
+        self.total_s += now - self.since
+        if with_pass:
+            self.usual_s = (self.usual_s + self.total_s) / 2
+            self.total_s = 0.0
 
 
 class _Cursor:

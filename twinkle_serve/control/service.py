@@ -358,7 +358,7 @@ class ControlPlane:
         except UserError as error:
             raise Invalid(str(error)) from None
 
-    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, Any]:
+    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, str]:
         return self._books.checkpoints.files(self._books.checkpoints.find(tenant, path))
 
     # helpers --------------------------------------------------------------------------------------
