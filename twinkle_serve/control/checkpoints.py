@@ -9,7 +9,7 @@ import heapq
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twinkle_serve.control.backend import Invalid, NotFound
 from twinkle_serve.protocol.errors import UserError
