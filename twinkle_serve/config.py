@@ -62,10 +62,11 @@ class SamplerConfig(Strict):
 
 class PlannerConfig(Strict):
     company_wait_ms: float = Field(
-        4.0,
+        25.0,
         ge=0,
         le=1000,
-        description="longest a ready pass waits for a recently active tenant, milliseconds",
+        description="longest a ready pass waits for a recently active run, milliseconds; never above half "
+        "of the last pass, and only for clients that usually come back in that time",
     )
     tick_tokens: int = Field(16_384, ge=1, description="training tokens taken into one tick, all tenants")
     gap_timeout_s: float = Field(
