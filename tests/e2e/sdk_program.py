@@ -58,7 +58,9 @@ def built(client: Any) -> Any:
 
 def sample(client: tinker.SamplingClient) -> dict[str, Any]:
     params = types.SamplingParams(max_tokens=8, temperature=0.0, stop=[])
-    response = client.sample(types.ModelInput.from_ints(PROMPT), num_samples=2, sampling_params=params).result()
+    response = client.sample(
+        types.ModelInput.from_ints(PROMPT), num_samples=2, sampling_params=params
+    ).result()
     return {
         "tokens": [list(sequence.tokens) for sequence in response.sequences],
         "scored": client.compute_logprobs(types.ModelInput.from_ints(PROMPT)).result(),

@@ -1,0 +1,54 @@
+"""One server for the tests of this directory: two tiny models, two ingress replicas, started as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinkle_serve.testing.server import RunningServer, running_server
+
+PROGRAM = Path(__file__).parent / "sdk_program.py"
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_moe: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    directory = tmp_path_factory.mktemp("a server")
+    config = directory / "config.yaml"
+    models = [{"name": "moe", "path": str(tiny_moe)}, {"name": "llama", "path": str(tiny_llama)}]
+    tree = {
+        "models": [model | {"num_threads": 1, "device": "cpu"} for model in models],
+        "storage": {"root": str(directory / "store")},
+        "http": {"replicas": 2},
+    }
+    config.write_text(json.dumps(tree))
+    with running_server(config, log=directory / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def run_sdk_program() -> Callable[..., dict[str, Any]]:
+    """Run the SDK program in a process of its own; what it saw."""
+
+    def run(*arguments: str, **environment: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), *arguments],
+            env=os.environ | {"TINKER_TELEMETRY": "0"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return seen
+
+    return run
