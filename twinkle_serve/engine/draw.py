@@ -21,7 +21,7 @@ _BLOCK = 512
 """A drawn number is looked up among sums of this many tokens first, and then inside one block."""
 
 _CANDIDATES = 1024
-"""Tokens sorted for top_p at first; a row whose nucleus is wider sorts its whole vocabulary."""
+"""Tokens sorted to be cut by top_k and top_p; a row whose nucleus is wider sorts more, and then more."""
 
 _EMPTY_CELL = (0, -99999.0)
 
@@ -120,29 +120,34 @@ def _whole(
 
 
 def _truncated(
-    logits: torch.Tensor, probabilities: torch.Tensor, sums: torch.Tensor, params: list[DrawParams]
+    logits: torch.Tensor,
+    probabilities: torch.Tensor,
+    sums: torch.Tensor,
+    params: list[DrawParams],
+    num_candidates: int = _CANDIDATES,
 ) -> torch.Tensor:
     """The likeliest tokens, best first, cut by top_k and then by top_p, and one of them drawn."""
-    vocab_size = logits.shape[1]
-    totals = sums.sum(dim=1)
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=logits.device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=logits.device)
-    bounded = all(0 < p.top_k <= _CANDIDATES for p in params)
-    width = min(vocab_size, max(p.top_k for p in params) if bounded else _CANDIDATES)
-    while True:
-        best, token_ids = probabilities.topk(width, dim=1)
-        best = best.double().masked_fill_(torch.arange(width, device=logits.device) >= top_k[:, None], 0)
-        # Of what top_k leaves; a row that top_k does not cut has its whole mass.
-        mass = torch.where(top_k <= width, best.sum(dim=1), totals)
-        before = best.cumsum(dim=1) - best
-        enough = (top_k <= width) | (best.sum(dim=1) >= top_p * mass)
-        if width == vocab_size or bool(enough.all()):
-            break
-        width = vocab_size
-    kept = best.masked_fill_(before >= (top_p * mass)[:, None], 0)
-    kept[:, 0] = probabilities.gather(1, token_ids[:, :1]).squeeze(1).double()  # top_p 0 still keeps the best
-    place, _ = _invert(kept, _uniforms(params, logits.device) * kept.sum(dim=1))
-    return token_ids.gather(1, place[:, None]).squeeze(1)
+    vocab_size, device = logits.shape[1], logits.device
+    limits = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    width = min(max(limits), num_candidates)
+    top_k = torch.tensor(limits, device=device)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    best, token_ids = probabilities.topk(width, dim=1)
+    best = best.double()
+    best[:, 1:].masked_fill_(torch.arange(1, width, device=device) >= top_k[:, None], 0)
+    # top_p is a share of what top_k leaves; a row that top_k does not cut here has its whole mass.
+    cumulative = best.cumsum(dim=1)
+    nucleus = top_p * torch.where(top_k <= width, cumulative[:, -1], sums.sum(dim=1))
+    best[:, 1:].masked_fill_(cumulative[:, :-1] >= nucleus[:, None], 0)
+    place, _ = _invert(best, _uniforms(params, device) * best.sum(dim=1))
+    tokens = token_ids.gather(1, place[:, None]).squeeze(1)
+    if width < max(limits):
+        wider = ((top_k > width) & (cumulative[:, -1] < nucleus)).nonzero().squeeze(1)
+        if wider.numel():
+            own = [params[row] for row in wider.tolist()]
+            more = num_candidates * 16
+            tokens[wider] = _truncated(logits[wider], probabilities[wider], sums[wider], own, more)
+    return tokens
 
 
 def _uniforms(params: list[DrawParams], device: torch.device) -> torch.Tensor:
