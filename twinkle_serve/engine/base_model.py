@@ -141,7 +141,7 @@ def load_base_model(config: ModelConfig, directory: Path) -> BaseModel:
     base = prepare(model, config, directory, device, dtype)
     _verify(base, probe, expected)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints only in training mode; there is no dropout to switch on
     return base
 

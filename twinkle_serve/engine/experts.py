@@ -252,7 +252,8 @@ def _combine(pairs: torch.Tensor, weights: torch.Tensor, routing: Routing) -> to
 
 
 def _sum_over_experts(pairs: torch.Tensor, routing: Routing, top_k: int) -> torch.Tensor:
-    return pairs.index_select(0, routing.inverse).view(-1, top_k, pairs.shape[1]).sum(1)
+    num_tokens, width = pairs.shape[0] // top_k, pairs.shape[1]  # no -1: the width is 0 without any adapter
+    return pairs.index_select(0, routing.inverse).view(num_tokens, top_k, width).sum(1)
 
 
 def _backward_down(

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 Microbatch = Sequence[Piece]
 
+LARGEST_GRADIENT = 1e18
+"""Of a loss by one logprob. Adam squares gradients: beyond this float32 overflows, here or on the way down."""
+
 
 @dataclass(slots=True)
 class _PassState:
@@ -37,7 +40,6 @@ class _PassState:
     remaining: int
     logprobs: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    contributed: bool = False
     failure: Failure | None = None
     answered: bool = False
 
@@ -48,7 +50,7 @@ class _PassState:
 
     def restart(self) -> None:
         """Forget what was computed, before the request is run again."""
-        self.remaining, self.contributed = self.batch.num_datums, False
+        self.remaining = self.batch.num_datums
         self.metrics.clear()
 
     def outcome(self) -> Outcome:
@@ -123,7 +125,8 @@ class Trainer:
                 else:
                     _fail(involved, error, out_of_memory)
                 tainted |= {state.request.slot for state in involved}
-            tainted |= {s.request.slot for s in involved if s.failure is not None and s.contributed}
+            # Even one that failed at once: rows that are not finite make zero gradients NaN on their way down.
+            tainted |= {s.request.slot for s in involved if s.failure is not None and s.request.backward}
         return tainted, split
 
     def _run(self, pieces: Sequence[Piece], states: Sequence[_PassState]) -> None:
@@ -147,7 +150,6 @@ class Trainer:
         if backward:
             for state in states:
                 # Before backward: an error in the middle of it leaves gradients behind as well.
-                state.contributed |= state.failure is None
                 self._pool.has_grads[state.request.slot] |= state.failure is None
             torch.autograd.backward(logprobs, gradient)
 
@@ -170,8 +172,8 @@ class Trainer:
     ) -> torch.Tensor:
         """Record every pass's logprobs and metrics; returns d(sum of losses)/d(logprobs), [M].
 
-        A pass whose numbers are not finite fails here, and its rows get no gradient, so its neighbours in the
-        microbatch never see it.
+        A pass whose numbers are not finite, or would not stay so, fails here, and its rows get no gradient,
+        so its neighbours in the microbatch never see it.
         """
         gradient = torch.zeros_like(logprobs)
         end = 0
@@ -182,8 +184,8 @@ class Trainer:
             lengths = torch.from_numpy(part.lengths)
             loss = compute_loss(state.request.loss_fn, leaf, inputs, lengths, _numbers(state.request))
             (part_gradient,) = torch.autograd.grad(loss.value, leaf)
-            finite = torch.isfinite(part_gradient).all() & torch.isfinite(leaf).all()
-            if not bool(finite & torch.isfinite(loss.value)):
+            fine = (part_gradient.abs() <= LARGEST_GRADIENT).all() & torch.isfinite(leaf).all()
+            if not bool(fine & torch.isfinite(loss.value)):
                 state.failure = _not_finite(state, piece, leaf)
                 continue
             gradient[start:end] = part_gradient
@@ -213,7 +215,7 @@ def _record(
 
 def _not_finite(state: _PassState, piece: Piece, logprobs: torch.Tensor) -> Failure:
     if bool(torch.isfinite(logprobs).all()):
-        what = f"the {state.request.loss_fn} loss is not finite"
+        what = f"the {state.request.loss_fn} loss or its gradient is not finite in float32"
         advice = "check the size of its loss_fn_inputs"
     else:
         what, advice = "the model's logprobs are not finite", "the adapter has diverged; load a checkpoint"

@@ -1,0 +1,49 @@
+"""Engines on tiny models: loaded once a session, handed to each test with empty slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine.engine import Engine
+
+EngineFactory = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def _engines() -> Iterator[dict[str, Engine]]:
+    engines: dict[str, Engine] = {}
+    yield engines
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.fixture
+def engine_for(_engines: dict[str, Engine]) -> EngineFactory:
+    """``engine_for(directory, **fields of ModelConfig)``: an engine with all slots free and nothing paged."""
+
+    def find(directory: Path, **fields: Any) -> Engine:
+        config = ModelConfig(name="tiny", path=str(directory), num_threads=1, **fields)
+        key = config.model_dump_json()
+        if key not in _engines:
+            _engines[key] = Engine(config)
+        engine = _engines[key]
+        for slot in range(engine.pool.num_slots):
+            engine.pool.free(slot)
+        return engine
+
+    return find
+
+
+@pytest.fixture
+def moe(engine_for: EngineFactory, tiny_moe: Path) -> Engine:
+    return engine_for(tiny_moe)
+
+
+@pytest.fixture
+def deterministic_moe(engine_for: EngineFactory, tiny_moe: Path) -> Engine:
+    return engine_for(tiny_moe, deterministic=True)
