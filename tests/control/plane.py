@@ -37,9 +37,16 @@ def counting_tokens() -> Any:
 
 
 @asynccontextmanager
-async def control_plane(root: Path, group: EchoGroup | None = None, config: Config | None = None, **options):
-    """A started ControlPlane on files below ``root``; closed at the end."""
-    catalog = Catalog(root)
+async def control_plane(
+    root: Path,
+    group: EchoGroup | None = None,
+    config: Config | None = None,
+    url: str | None = "sqlite://",
+    **options,
+):
+    """A started ControlPlane, closed at the end. Its catalogue is in memory, or with ``url`` None below
+    ``root``, where the next one finds it."""
+    catalog = Catalog(root, url)
     group = group or EchoGroup()
     plane = ControlPlane({"base": group}, catalog, config or make_config(), VirtualClock(), **options)
     await plane.start()

@@ -4,7 +4,7 @@ Knows logs, token costs and who was in step with whom. Does not know slots, payl
 
 Fairness is deficit round robin with an infinitesimal quantum: each tenant has an account of the tokens it
 was served, divided by its weight, and the next request is always one of the tenant with the least. A
-tenant that was idle comes back at the level of those who were not, so nobody saves up credit. A request
+tenant that was idle comes back at the level at which the last tick began, so nobody saves up credit. A request
 that no longer fits into a tick waits for the next one, at whose start the budget is whole; one that is
 larger than the whole budget is served when nothing else is in the tick.
 
@@ -57,6 +57,7 @@ class _Tenant:
     weight: float
     served: float = 0.0
     turn: int = 0
+    num_running: int = 0
     runs: dict[str, CommandLog[RunCommand]] = field(default_factory=dict)
 
 
@@ -113,7 +114,7 @@ class Planner:
         tenant = self._tenants.get(tenant_name)
         if tenant is None:
             tenant = self._tenants[tenant_name] = _Tenant(tenant_name, self._weight(tenant_name))
-        if not tenant.runs:
+        if not tenant.runs and not tenant.num_running:
             tenant.served = max(tenant.served, self._floor)
         tenant.runs[run_id] = self._queued[run_id] = log
 
@@ -126,6 +127,7 @@ class Planner:
         for work in fill.work.values():
             tenant = self._tenants[work.tenant]
             self._running[work.run_id] = (work.tenant, tenant.runs.pop(work.run_id))
+            tenant.num_running += 1
             del self._queued[work.run_id]
             if isinstance(work.entries[-1].command, UnloadCommand):
                 self._leave(work.run_id)
@@ -147,6 +149,8 @@ class Planner:
             if run_id in self._think:
                 self._think[run_id].left(now)
             self.ready(tenant, run_id, log, now)
+        for tenant, _ in running.values():
+            self._tenants[tenant].num_running -= 1
 
     # company --------------------------------------------------------------------------------------
 
@@ -179,6 +183,7 @@ class Planner:
         cursors = {name: _Cursor(iter(t.runs.items())) for name, t in self._tenants.items() if t.runs}
         heap = [(t.served, t.turn, t.name) for t in self._tenants.values() if t.runs]
         heapq.heapify(heap)
+        self._floor = max(self._floor, heap[0][0] if heap else 0.0)
         while heap:
             _, _, name = heapq.heappop(heap)
             tenant = self._tenants[name]
@@ -218,7 +223,6 @@ class Planner:
         return True
 
     def _charge(self, tenant: _Tenant, charge: float) -> None:
-        self._floor = max(self._floor, tenant.served)
         tenant.served += charge / tenant.weight
         if charge:
             self._turns += 1
