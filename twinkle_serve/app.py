@@ -46,9 +46,11 @@ def build_app(config: Config | dict[str, Any] | str | Path) -> Application:
 def ingress_app(config: Config) -> Any:
     """What one ingress replica runs: the gateway in front of the coordinator."""
     from twinkle_serve.cluster.client import CoordinatorClient, resolve
+    from twinkle_serve.cluster.serve_binding import bind_to_node_address
     from twinkle_serve.gateway.app import create_app
     from twinkle_serve.storage.secret import shared_secret
 
+    bind_to_node_address()
     client = CoordinatorClient(config)
     secret = shared_secret(config.storage.root)
     app = create_app(lambda: client.backend, config, resolve=resolve, signing_secret=secret)

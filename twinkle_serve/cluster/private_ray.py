@@ -19,6 +19,7 @@ from pathlib import Path
 from twinkle_serve.config import RayConfig
 
 _PR_SET_CHILD_SUBREAPER = 36
+_MAX_TMPDIR_BYTES = 20
 _SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Despite its name this is what makes Ray choose 127.0.0.1 for itself and bind nothing else.
@@ -40,8 +41,7 @@ def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _adopt_orphans()
     bystanders = descendants(os.getpid())
-    # A short path: Ray puts sockets below it, whose names must not exceed 107 bytes.
-    scratch = Path(tempfile.mkdtemp(prefix="twinkle-"))
+    scratch = Path(tempfile.mkdtemp(prefix="twinkle-", dir=_short_directory()))
     try:
         import ray
 
@@ -60,6 +60,12 @@ def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
     finally:
         end_all(descendants(os.getpid()) - bystanders)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _short_directory() -> str:
+    """Ray puts sockets below its directory, and the name of a socket has at most 107 bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= _MAX_TMPDIR_BYTES else "/tmp"
 
 
 def descendants(pid: int) -> set[int]:

@@ -1,0 +1,240 @@
+"""The command: what it prints, when it fails with one line, and that ``up`` leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from twinkle_serve.cli import main
+from twinkle_serve.cluster.private_ray import descendants
+from twinkle_serve.config import load_config
+from twinkle_serve.testing.server import RunningServer, free_port, running_server
+
+COMMAND = str(Path(sys.executable).parent / "twinkle-serve")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "a path with spaces"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    (directory / "config.yaml").write_text(yaml.safe_dump({"models": [{"name": "tiny", "path": "m"}]}))
+    return directory / "config.yaml"
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("twinkle-serve: ")
+    return line.removeprefix("twinkle-serve: ")
+
+
+def test_check_config_says_what_is_served(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", str(config), "--set", "http.port=8123"]) == 0
+    assert "serves tiny at http://127.0.0.1:8123" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("http.port=99999", "http.port: Input should be less than or equal to 65535"),
+        ("http.colour=red", "http.colour: Extra inputs are not permitted"),
+        ("models.0.max_rank=64", "models.0.max_rank: Input should be less than or equal to 32"),
+        (
+            "http.host=0.0.0.0",
+            "auth.mode open lets anybody in, so http.host 0.0.0.0 must be a loopback address",
+        ),
+        ("nonsense", "--set 'nonsense': expected dotted.key=value"),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "check-config", "print-config"])
+def test_a_wrong_setting_is_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], command: str, override: str, line: str
+) -> None:
+    assert _fails(capsys, command, str(config), "--set", override).startswith(line)
+
+
+def test_several_wrong_settings_are_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = _fails(capsys, "check-config", str(config), "--set", "http.port=0", "--set", "ray.x=1")
+    assert "http.port: " in line
+    assert "; ray.x: " in line
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such file" in _fails(capsys, "up", str(tmp_path / "none.yaml"))
+
+
+def test_print_config_can_be_read_again(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for form in ([], ["--serve"]):
+        assert main(["print-config", str(config), "--set", "http.port=8123", *form]) == 0
+        printed = config.with_name("printed.yaml")
+        printed.write_text(capsys.readouterr().out)
+        assert load_config(printed) == load_config(config, ["http.port=8123"])
+
+
+def test_print_config_serve_is_what_ray_serve_takes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    main(["print-config", str(config), "--serve"])
+    tree = yaml.safe_load(capsys.readouterr().out)
+    ServeDeploySchema.model_validate(tree)
+    (application,) = tree["applications"]
+    assert application["import_path"] == "twinkle_serve.app:build_app"
+    assert application["args"]["models"] == [{"name": "tiny", "path": str(config.parent / "m")}]
+
+
+def test_only_up_needs_ray_or_torch(config: Path) -> None:
+    program = (
+        "import sys; from twinkle_serve.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or bool({'ray', 'torch', 'fastapi'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "check-config", str(config)], check=False)
+    assert done.returncode == 0
+
+
+# up -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(config: Path, tiny_llama: Path) -> Iterator[Callable[..., Any]]:
+    """Start ``up`` on the tiny model; every process it started is known by being below it."""
+    started: list[Any] = []
+
+    def start(*overrides: str, log: str = "server.log") -> RunningServer:
+        settings = [f"models.0.path={tiny_llama}", "models.0.num_threads=1", *overrides]
+        context = running_server(config, settings, log=config.with_name(log))
+        started.append(context)
+        return context.__enter__()
+
+    yield start
+    for context in started:
+        context.__exit__(None, None, None)
+
+
+def _get(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        value: dict[str, Any] = json.load(answer)
+        return value
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _gone(pids: set[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def _listening(pids: set[int]) -> set[str]:
+    """Local addresses (hexadecimal, as in /proc/net) that these processes listen on."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+            except OSError:
+                continue
+    tables = "".join(Path(f"/proc/net/{table}").read_text() for table in ("tcp", "tcp6"))
+    rows = [line.split() for line in tables.splitlines()]
+    return {row[1].split(":")[0] for row in rows if len(row) > 9 and row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_serves_on_loopback_only_and_stops_to_the_last_process(
+    start: Callable[..., RunningServer], number: signal.Signals
+) -> None:
+    server = start()
+    assert _get(f"{server.url}/api/v1/healthz") == {"status": "ok"}
+    pids = descendants(server.pid) | {server.pid}
+    assert len(pids) > 8
+    assert _listening(pids) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    begun = time.monotonic()
+    os.kill(server.pid, number)
+    os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+    assert time.monotonic() - begun < 30
+    assert _gone(pids - {server.pid})
+    assert _is_free(int(server.url.rpartition(":")[2]))
+    lines = server.log.read_text().splitlines()
+    assert [line for line in lines if line.startswith("ready")] == [f"ready {server.url}"]
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_two_servers_run_side_by_side(start: Callable[..., RunningServer]) -> None:
+    one = start("storage.root=one", "http.replicas=1", log="one.log")
+    two = start("storage.root=two", "http.replicas=1", "http.route_prefix=/two", log="two.log")
+    for server in (one, two):
+        assert _get(f"{server.url}/api/v1/healthz") == {"status": "ok"}
+    assert two.url.endswith("/two")
+    os.kill(one.pid, signal.SIGTERM)
+    os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOWAIT)
+    assert _get(f"{two.url}/api/v1/healthz") == {"status": "ok"}
+
+
+def _up(config: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    command = [COMMAND, "up", str(config), *(part for setting in settings for part in ("--set", setting))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1
+    assert done.stdout == ""
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_up_fails_with_one_line_when_the_port_is_taken(config: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        reason = _reason(_up(config, f"http.port={port}"))
+    assert reason == f"twinkle-serve: http.port {port} on 127.0.0.1 cannot be used: Address already in use"
+
+
+@pytest.mark.slow
+def test_up_fails_with_one_line_when_the_model_does_not_load(config: Path) -> None:
+    reason = _reason(_up(config, f"http.port={free_port()}"))
+    assert reason.startswith("twinkle-serve: cannot load tiny from ")
+    assert "does not exist" in reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["starting Ray", "loading base model"])
+def test_a_signal_while_starting_leaves_nothing_behind(config: Path, tiny_llama: Path, after: str) -> None:
+    settings = ["--set", f"models.0.path={tiny_llama}", "--set", f"http.port={free_port()}"]
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="tw") as scratch,
+        subprocess.Popen(
+            [COMMAND, "up", str(config), *settings],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": scratch},
+        ) as process,
+    ):
+        assert process.stderr is not None
+        while after not in process.stderr.readline():
+            assert process.poll() is None
+        pids = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(30) == 0, rest
+        assert _gone(pids)
+        assert not list(Path(scratch).glob("twinkle-*"))
