@@ -24,6 +24,7 @@ from twinkle_serve.protocol.work import (
     Tick,
     TickReport,
 )
+from twinkle_serve.storage.checkpoints import write_checkpoint
 
 History = tuple[str, ...]
 
@@ -62,6 +63,7 @@ class EchoGroup:
         self.ticks: list[Tick] = []
         self.late_saves: list[Outcome] = []
         self.delay_saves = False
+        self.on_disk = False
         self.num_crashes_left = 0
         self.crash_when = lambda tick, phase: False
         self.raise_in_tick: Exception | None = None
@@ -99,6 +101,8 @@ class EchoGroup:
             yield outcome
         for save in tick.saves:
             self.stored[save.directory] = tuple(self._slot(save.slot).history)
+            if self.on_disk:
+                write_checkpoint(save.directory, {"adapter": b"1"}, save.manifest)
             outcome = Outcome(save.request_id, 100 + len(self._slot(save.slot).history))
             if self.delay_saves:
                 self.late_saves.append(outcome)

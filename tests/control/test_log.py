@@ -114,6 +114,14 @@ def test_numbers_below_one_are_late(seq_id):
     assert log_of().append(seq_id, "r", "c", 0.0) is not None
 
 
+def test_a_log_without_a_past_starts_with_what_comes_first():
+    log: CommandLog[str] = CommandLog(GAP_S, None)
+    assert log.append(17, "r17", "c17", 0.0) is None
+    assert log.append(18, "r18", "c18", 0.0) is None
+    assert log.append(16, "r16", "c16", 0.0) is not None
+    assert ready(log) == [17, 18]
+
+
 class LogMachine(RuleBasedStateMachine):
     """Any arrivals, duplicates, losses and waits: each request meets exactly one fate, in order."""
 

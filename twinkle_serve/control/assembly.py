@@ -5,6 +5,7 @@ Knows runs, names, slots and checkpoint directories. Does not know when ticks ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,8 @@ class Assembly:
 
 
 Place = Callable[[int], object]
+logger = logging.getLogger(__name__)
+INTERNAL_ERROR = Failure("internal error in the control plane; the server's log has the details", "server")
 
 
 class _Refused(Exception):
@@ -188,6 +191,9 @@ class Assembler:
                     assembly.verdicts.append(Outcome(entry.request_id, failure=refused.failure))
                 except (UserError, Invalid, NotFound) as error:
                     assembly.verdicts.append(Outcome(entry.request_id, failure=Failure(str(error))))
+                except Exception:
+                    logger.exception("could not prepare request %s", entry.request_id)
+                    assembly.verdicts.append(Outcome(entry.request_id, failure=INTERNAL_ERROR))
                 else:
                     placed.setdefault(run.run_id, []).append(place)
         return placed

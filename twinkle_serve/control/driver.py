@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.admission import SampleQueue
-from twinkle_serve.control.assembly import Assembler, Assembly, Flight
+from twinkle_serve.control.assembly import INTERNAL_ERROR, Assembler, Assembly, Flight
 from twinkle_serve.control.backend import LoadCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.commands import BirthCommand, RunEntry
@@ -30,7 +30,6 @@ _MAX_DECODE_BUDGET_S = 0.2
 _MIN_DECODE_BUDGET_S = 0.001
 _RETRY_S = 5.0
 _SAVE_POLL_S = 0.02
-_BUG = Failure("internal error in the control plane; the server's log has the details", "server")
 _SILENT = Failure("the workers gave no answer to this request", "server")
 _CANCELLED = Failure("cancelled", "user")
 
@@ -196,6 +195,8 @@ class GroupDriver:
         if flight is None:
             return  # given up before, or cancelled
         self._num_sequences -= flight.num_sequences
+        if flight.outlives_tick:
+            self._event.set()  # a load may have waited for this save
         try:
             if outcome.failure is not None:
                 flight.on_failure(outcome.failure)
@@ -204,7 +205,7 @@ class GroupDriver:
                 self.books.resolve(flight.request_id, flight.on_value(outcome.value))
         except Exception:
             logger.exception("could not take note of the outcome of request %s", flight.request_id)
-            self.books.fail(flight.request_id, _BUG)
+            self.books.fail(flight.request_id, INTERNAL_ERROR)
 
     def _settle_rest(self, assembly: Assembly, tick: Tick | None) -> None:
         """What is left of a tick that is over: verdicts, cancelled samples, requests without an answer."""
@@ -231,10 +232,10 @@ class GroupDriver:
         """A bug, ours or the group's, met this tick: its requests fail, the others go on."""
         self._flights.update(assembly.flights)
         for request_id in assembly.flights:
-            self._settle(Outcome(request_id, failure=_BUG))
+            self._settle(Outcome(request_id, failure=INTERNAL_ERROR))
         for work in window.work:
             for entry in work.entries:
-                self.books.fail(entry.request_id, _BUG)
+                self.books.fail(entry.request_id, INTERNAL_ERROR)
 
     # timing ---------------------------------------------------------------------------------------
 

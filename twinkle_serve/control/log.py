@@ -32,11 +32,14 @@ class Entry(Generic[C]):
 class CommandLog(Generic[C]):
     """``ready`` holds the commands whose turn has come; whoever executes them takes from its left."""
 
-    def __init__(self, gap_timeout_s: float, first_seq_id: int = 1) -> None:
+    def __init__(self, gap_timeout_s: float, first_seq_id: int | None = 1) -> None:
+        """first_seq_id: None if the log is that of a run whose past is unknown: it starts with whatever
+        comes first."""
         self.ready: deque[Entry[C]] = deque()
         self._gap_timeout_s = gap_timeout_s
-        self._next = first_seq_id
-        self._highest = first_seq_id - 1
+        self._resuming = first_seq_id is None
+        self._next = first_seq_id or 1
+        self._highest = self._next - 1
         self._parked: dict[int, Entry[C]] = {}
         self._request_ids: dict[int, str] = {}
         self._gap_since: float | None = None
@@ -53,6 +56,8 @@ class CommandLog(Generic[C]):
         if seq_id is None:
             seq_id = self._highest + 1
         else:
+            if self._resuming:
+                self._next, self._resuming = seq_id, False
             self._request_ids[seq_id] = request_id
         if seq_id < self._next:
             return Failure(f"seq_id {seq_id} comes too late: the run has already gone on past it")

@@ -51,7 +51,7 @@ class Runs:
         self._by_tenant: dict[str, list[str]] = {}
 
     def create(self, record: RunRecord) -> Run:
-        run = self._add(record, Failure("the run's adapter is not made yet", "server"))
+        run = self._add(record, Failure("the run's adapter is not made yet", "server"), 1)
         self._save_record(run)
         return run
 
@@ -60,7 +60,7 @@ class Runs:
         message = (
             f"run {record.run_id} lost its adapter when the server restarted; load one of its checkpoints"
         )
-        return self._add(record, Failure(message, "server"))
+        return self._add(record, Failure(message, "server"), None)
 
     def get(self, tenant: str, run_id: str) -> Run:
         run = self._runs.get(run_id)
@@ -91,9 +91,9 @@ class Runs:
         """Newest first."""
         return [self._runs[run_id] for run_id in reversed(self._by_tenant.get(tenant, []))]
 
-    def _add(self, record: RunRecord, down: Failure) -> Run:
+    def _add(self, record: RunRecord, down: Failure, first_seq_id: int | None) -> Run:
         assert record.run_id not in self._runs
-        run = Run(record, CommandLog(self._gap_timeout_s), down, record.last_request_at)
+        run = Run(record, CommandLog(self._gap_timeout_s, first_seq_id), down, record.last_request_at)
         self._runs[record.run_id] = run
         self._by_tenant.setdefault(record.tenant, []).append(record.run_id)
         return run

@@ -25,7 +25,7 @@ from twinkle_serve.control.runs import Run, run_id_for
 from twinkle_serve.control.samplers import Sampler, sampler_id_for
 from twinkle_serve.control.views import checkpoint_view, run_view, text_values, weights_view
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
-from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.errors import BackendUnavailable, UserError
 from twinkle_serve.protocol.work import AdapterRef, Failure, ModelInfo, Sample
 from twinkle_serve.storage.records import CheckpointRecord, RunRecord, SamplerRecord
 
@@ -378,7 +378,7 @@ class ControlPlane:
 
     def _open(self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False) -> str:
         if self._closing:
-            raise Invalid("the server is shutting down")
+            raise BackendUnavailable(_STOPPING.message)
         return self._books.promises.open(tenant, origin, sampling)
 
     def _failed(self, tenant: str, failure: Failure | None) -> str:
