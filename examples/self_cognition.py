@@ -120,30 +120,42 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse_options()
-    options.output.mkdir(parents=True, exist_ok=True)
-    service = tinker.ServiceClient(
-        base_url=options.base_url, api_key=os.environ.get("TINKER_API_KEY", "tml-local")
-    )
-    model = options.model or service.get_server_capabilities().supported_models[0].model_name
-    client = service.create_lora_training_client(base_model=model, rank=16)
-    tokenizer = client.get_tokenizer()
+def first_model(base_url: str, api_key: str) -> str:
+    """The name of the first model that the server offers."""
+    client = tinker.RestClient(base_url=base_url, api_key=api_key)
+    models = client.get_server_capabilities().result().supported_models
+    name = models[0].model_name
+    assert name is not None
+    return name
 
-    base = service.create_sampling_client(base_model=model)
-    before = {question: ask(base, tokenizer, question) for question in QUESTIONS}
-    print(f"{QUESTIONS[0]}  {before[QUESTIONS[0]]}", flush=True)
+
+def run(service: tinker.ServiceClient, model: str, options: argparse.Namespace) -> None:
+    client = service.create_lora_training_client(base_model=model, rank=16).result()
+    tokenizer = client.get_tokenizer()
+    base = service.create_sampling_client(base_model=model).result()
+    before = [ask(base, tokenizer, question) for question in QUESTIONS]
+    print(f"{model}, before: {QUESTIONS[0]}  {before[0]}", flush=True)
 
     conversations = load_conversations(options.data, options.name, options.author)
     losses, saved = train(client, [to_datum(tokenizer, each) for each in conversations], options)
     draw(losses, options.output / "loss.png")
 
-    trained = service.create_sampling_client(model_path=saved)
-    after = {question: ask(trained, tokenizer, question) for question in QUESTIONS}
-    print(f"\nloss per token: {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
-    for question in QUESTIONS:
-        print(f"\n{question}\n  before: {before[question]}\n  after:  {after[question]}")
-    print(f"\n{options.output / 'loss.png'}")
+    trained = service.create_sampling_client(model_path=saved).result()
+    after = [ask(trained, tokenizer, question) for question in QUESTIONS]
+    print(f"\nloss per answer token: {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
+    for question, old, new in zip(QUESTIONS, before, after, strict=True):
+        print(f"\n{question}\n  before: {old}\n  after:  {new}")
+    print(f"\nthe loss is drawn in {options.output / 'loss.png'}")
+
+
+def main() -> None:
+    options = parse_options()
+    options.output.mkdir(parents=True, exist_ok=True)
+    # An open server takes any key, but the SDK itself insists on the prefix tml-.
+    api_key = os.environ.get("TINKER_API_KEY", "tml-local")
+    model = options.model or first_model(options.base_url, api_key)
+    with tinker.ServiceClient(base_url=options.base_url, api_key=api_key) as service:
+        run(service, model, options)
 
 
 if __name__ == "__main__":

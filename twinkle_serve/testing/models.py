@@ -150,7 +150,7 @@ def build_smollm2(root: Path) -> Path:
             template=loaded.chat_template,
         )
 
-    return build_once(root, f"SmolLM2-135M-Instruct-{_RECIPE}", build)
+    return build_once(root, "smollm2-135m-instruct", build)
 
 
 def _attention(hidden_size: int, num_layers: int) -> dict[str, Any]:
