@@ -56,6 +56,8 @@ class RankWorker:
         # Read when torch is imported, which must not happen before.
         threads = self._config.num_threads or max(1, (os.cpu_count() or 1) // self._config.ranks)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        # Threads that spin while they wait make a step ten times slower as soon as others want the cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         module, _, attribute = self._factory.partition(":")
         engine: Engine = getattr(importlib.import_module(module), attribute)(self._config)
         if not engine.probe():
