@@ -1,4 +1,4 @@
-"""Independent computations to hold the engine against: Hugging Face, PEFT, plain autograd, spelled-out losses.
+"""Independent computations to hold the engine against: Hugging Face, plain autograd, spelled-out losses.
 
 Knows an adapter only as the PEFT tensors that a checkpoint holds. Uses nothing of the engine.
 """

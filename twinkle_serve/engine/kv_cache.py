@@ -61,6 +61,11 @@ class KVCache:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that the whole cache holds."""
+        return self.num_blocks * BLOCK_TOKENS
+
     def grow(self, rows: Rows, length: int) -> None:
         """Give ``rows`` blocks for ``length`` tokens. Raises OutOfBlocks and changes nothing."""
         missing = -(-length // BLOCK_TOKENS) - len(rows.blocks)

@@ -77,7 +77,8 @@ class Sampler:
         for sample in samples:
             try:
                 self._waiting.append(self._job(sample))
-            except (ValueError, KeyError, CheckpointError) as error:
+            except (ValueError, KeyError, OSError, CheckpointError) as error:
+                logger.info("sample %s refused: %r", sample.request_id, error)
                 yield Outcome(sample.request_id, failure=_refusal(error))
         deadline = time.perf_counter() + budget_s
         while self.num_active and budget_s > 0:
@@ -97,10 +98,9 @@ class Sampler:
                 f"prompt has {len(request.prompt)} tokens; this model's context holds "
                 f"{self._base.info.max_context_length}, and one must be left to sample"
             )
-        if len(request.prompt) >= self._config.kv_cache_tokens:
+        if len(request.prompt) > self._cache.capacity:
             raise ValueError(
-                f"prompt has {len(request.prompt)} tokens; "
-                f"the sampler's cache holds {self._config.kv_cache_tokens}"
+                f"prompt has {len(request.prompt)} tokens; the sampler's cache holds {self._cache.capacity}"
             )
         if request.params.stop_strings:
             self._text.load()
@@ -311,21 +311,21 @@ class Sampler:
 
     def _finished(self) -> Iterator[Outcome]:
         for request_id, job in list(self._running.items()):
-            if not job.done:
-                continue
-            del self._running[request_id]
             for sequence in job.sequences:
-                self._cache.release(sequence.rows)
-            yield Outcome(request_id, job.result(), _diverged(job))
+                if sequence.stop_reason is not None:
+                    # At once: a job's last sample may need the room of those that ended before it.
+                    self._cache.release(sequence.rows)
+            if job.done:
+                del self._running[request_id]
+                yield _outcome(job)
 
 
-def _diverged(job: Job) -> Failure | None:
-    logprobs = [logprob for sequence in job.sequences for logprob in sequence.logprobs]
+def _outcome(job: Job) -> Outcome:
+    logprobs = (logprob for sequence in job.sequences for logprob in sequence.logprobs)
     if all(map(math.isfinite, logprobs)):
-        return None
-    return Failure(
-        "the logits are not finite: these weights have diverged; sample from an earlier checkpoint"
-    )
+        return Outcome(job.sample.request_id, job.result())
+    advice = "these weights have diverged; sample from an earlier checkpoint"
+    return Outcome(job.sample.request_id, failure=Failure(f"the logits are not finite: {advice}"))
 
 
 def _refusal(error: Exception) -> Failure:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Microbatch = Sequence[Piece]
 
 LARGEST_GRADIENT = 1e18
-"""Of a loss by one logprob. Adam squares gradients: beyond this float32 overflows, here or on the way down."""
+"""Of a loss by one logprob. Adam squares gradients: beyond this float32 overflows, now or later."""
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ class Trainer:
                 else:
                     _fail(involved, error, out_of_memory)
                 tainted |= {state.request.slot for state in involved}
-            # Even one that failed at once: rows that are not finite make zero gradients NaN on their way down.
+            # Even one that failed at once: on rows that are not finite, zero gradients turn into NaN.
             tainted |= {s.request.slot for s in involved if s.failure is not None and s.request.backward}
         return tainted, split
 

@@ -5,6 +5,7 @@ Knows model references (``/dir``, ``ms://owner/model``). Does not know what is i
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 SCHEME = "ms://"
@@ -13,9 +14,12 @@ SCHEME = "ms://"
 def resolve_model(reference: str, revision: str | None = None) -> Path:
     """The local directory of a model, downloaded first if it is an ``ms://`` reference.
 
-    Raises FileNotFoundError naming a local directory that is not there; download errors are modelscope's.
+    Raises FileNotFoundError naming a local directory that is not there, and ValueError for a malformed
+    reference; download errors are modelscope's.
     """
     if reference.startswith(SCHEME):
+        if not re.fullmatch(r"ms://[^/]+/[^/]+", reference):
+            raise ValueError(f"model reference {reference!r} is not of the form ms://owner/model")
         # Imported here: modelscope takes seconds to import and local models do not need it.
         from modelscope import snapshot_download
 

@@ -1,0 +1,170 @@
+"""Loading base models: what is served, what is refused, and what clients are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine import base_model
+from twinkle_serve.engine.attention import PackedCausal
+from twinkle_serve.engine.base_model import BaseModel, UnsupportedModel, load_base_model
+from twinkle_serve.engine.layers import LoraLinear
+
+
+def load(directory: Path, **fields: Any) -> BaseModel:
+    return load_base_model(ModelConfig(name="m", path=str(directory), num_threads=1, **fields), directory)
+
+
+def edited(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a model directory with another config.json."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+def packed_logits(base: BaseModel, sequences: list[list[int]]) -> torch.Tensor:
+    lengths = [len(sequence) for sequence in sequences]
+    tokens = torch.tensor([token for sequence in sequences for token in sequence])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    base.segments.set({})
+    with torch.no_grad():
+        hidden = base.hidden_states(tokens, positions, PackedCausal(lengths))
+        return base.full_logits(hidden, [])
+
+
+SEQUENCES = [[5, 7, 11, 13], [1], [5, 7, 300, 2, 2]]
+
+
+@pytest.mark.parametrize("model", ["tiny_moe", "tiny_qwen3", "tiny_llama"])
+def test_packed_logits_are_the_model_s_own(model: str, request: pytest.FixtureRequest) -> None:
+    directory: Path = request.getfixturevalue(model)
+    logits = packed_logits(load(directory), SEQUENCES)
+    own = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.cat([own(torch.tensor([sequence])).logits[0] for sequence in SEQUENCES])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_moe_targets(tiny_moe: Path) -> None:
+    base = load(tiny_moe)
+    first = [target for target in base.layout.targets if ".layers.0." in target.path]
+    found = {
+        (
+            t.path.removeprefix("model.layers.0."),
+            t.kind,
+            t.group,
+            t.in_features,
+            t.out_features,
+            t.num_experts,
+        )
+        for t in first
+    }
+    assert found == {
+        ("self_attn.q_proj", "linear", "attn", 64, 64, 0),
+        ("self_attn.k_proj", "linear", "attn", 64, 32, 0),
+        ("self_attn.v_proj", "linear", "attn", 64, 32, 0),
+        ("self_attn.o_proj", "linear", "attn", 64, 64, 0),
+        ("mlp.experts", "expert_gate", "mlp", 64, 32, 4),
+        ("mlp.experts", "expert_up", "mlp", 64, 32, 4),
+        ("mlp.experts", "expert_down", "mlp", 32, 64, 4),
+    }
+    assert len(base.layout.targets) == 2 * len(first) + 1
+    head = base.layout.targets[base.head_target]
+    assert (head.path, head.group, head.in_features, head.out_features) == ("lm_head", "unembed", 64, 350)
+
+
+def test_dense_targets_and_frozen_weights(tiny_llama: Path) -> None:
+    base = load(tiny_llama)
+    leaves = [t.path.rpartition(".")[2] for t in base.layout.targets]
+    per_layer = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sorted(leaves) == sorted(2 * per_layer + ["lm_head"])
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    wrapped = [module for module in base.model.modules() if isinstance(module, LoraLinear)]
+    assert [base.layout.targets[m.target_index].path for m in wrapped] == [
+        name for name, module in base.model.named_modules() if isinstance(module, LoraLinear)
+    ]
+
+
+def test_info(tiny_moe: Path, tmp_path: Path) -> None:
+    info = load(tiny_moe, max_rank=16, max_resident_adapters=3).info
+    assert (info.name, info.arch) == ("m", "Qwen3MoeForCausalLM")
+    assert info.tokenizer_id == str(tiny_moe.resolve())
+    assert (info.vocab_size, info.max_context_length) == (350, 4096)
+    assert (info.max_rank, info.max_slots) == (16, 3)
+    assert load(tiny_moe, max_context_length=100).info.max_context_length == 100
+    assert load(tiny_moe, max_context_length=10**6).info.max_context_length == 4096
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(3, (3,)), ([3, 4], (3, 4)), (None, ())])
+def test_eos_token_ids(eos: Any, expected: tuple[int, ...], tiny_llama: Path, tmp_path: Path) -> None:
+    directory = edited(tiny_llama, tmp_path / "m", eos_token_id=eos)
+    generation = json.loads((directory / "generation_config.json").read_text())
+    (directory / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": eos}))
+    assert load(directory).info.eos_token_ids == expected
+
+
+def test_bfloat16(tiny_moe: Path) -> None:
+    base = load(tiny_moe, dtype="bfloat16")
+    assert base.dtype == base.head.weight.dtype == torch.bfloat16
+    logits, expected = packed_logits(base, SEQUENCES), packed_logits(load(tiny_moe), SEQUENCES)
+    assert logits.dtype == torch.float32
+    assert float((logits - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_no_model_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"config\.json"):
+        load(tmp_path)
+
+
+def test_a_model_with_code_of_its_own_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    directory = edited(tiny_llama, tmp_path / "m", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(UnsupportedModel, match="auto_map"):
+        load(directory)
+
+
+def test_an_architecture_without_our_projections_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel"):
+        load(tmp_path)
+
+
+def test_missing_weights_are_an_os_error(tiny_llama: Path, tmp_path: Path) -> None:
+    directory = edited(tiny_llama, tmp_path / "m")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load(directory)
+
+
+def test_a_model_whose_logits_come_out_different_is_refused(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an architecture that scales its logits, or attends in a way that we do not follow."""
+    prepare = base_model.prepare
+
+    def prepare_wrongly(model: PreTrainedModel, *args: Any) -> BaseModel:
+        base = prepare(model, *args)
+        with torch.no_grad():
+            base.model.base_model.norm.weight.mul_(1.1)
+        return base
+
+    monkeypatch.setattr(base_model, "prepare", prepare_wrongly)
+    with pytest.raises(UnsupportedModel, match="differ"):
+        load(tiny_llama)
+
+
+def test_models_do_not_share_what_was_put_into_them(tiny_moe: Path) -> None:
+    """A config object shared with transformers' own class would switch its experts over as well."""
+    base = load(tiny_moe)
+    own = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.isfinite(own(torch.tensor([[1, 2, 3]])).logits).all()
+    assert base.model.config is not own.config
