@@ -47,6 +47,7 @@ def create_app(
         resolve=resolve,
     )
     install_error_handlers(app)
-    for part in (service, sessions, training, sampling, futures, runs, checkpoints, downloads):
+    # Routes are tried in this order, so what is asked most often comes first.
+    for part in (futures, sampling, training, sessions, service, runs, checkpoints, downloads):
         app.include_router(part.router, prefix=PREFIX)
     return app
