@@ -5,8 +5,8 @@ Knows logs, token costs and who was in step with whom. Does not know slots, payl
 Fairness is deficit round robin with an infinitesimal quantum: each tenant has an account of the tokens it
 was served, divided by its weight, and the next request is always one of the tenant with the least. A
 tenant that was idle comes back at the level at which the last tick began, so nobody saves up credit. A
-request that no longer fits into a tick waits for the next one, at whose start the budget is whole; one that is
-larger than the whole budget is served when nothing else is in the tick.
+request that no longer fits into a tick waits for the next one, at whose start the budget is whole; one that
+is larger than the whole budget is served when nothing else is in the tick.
 
 Company: two clients that each send forward_backward and optim_step share a pass only if both are there
 when it starts. So before a pass starts, runs that were in the last pass and have nothing ready now get

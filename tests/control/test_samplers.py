@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from twinkle_serve.control.backend import NotFound
+from twinkle_serve.control.samplers import Samplers, sampler_id_for
+from twinkle_serve.storage.records import SamplerRecord
+
+
+def snapshot(number: int, run_id: str = "run", base_model: str = "base") -> SamplerRecord:
+    sampler_id = sampler_id_for("s", number)
+    return SamplerRecord(sampler_id, "s", "alice", base_model, 0.0, run_id=run_id, snapshot=sampler_id)
+
+
+@pytest.fixture
+def samplers() -> Samplers:
+    return Samplers(2, lambda record: None)
+
+
+def add(samplers: Samplers, *numbers: int, **fields) -> None:
+    for number in numbers:
+        samplers.create(snapshot(number, **fields))
+        samplers.retire(fields.get("run_id", "run"))
+
+
+def ids(*numbers: int) -> list[str]:
+    return [sampler_id_for("s", number) for number in numbers]
+
+
+def test_the_newest_of_each_run_stay(samplers):
+    add(samplers, 0, 1, 2, 3)
+    add(samplers, 10, run_id="other")
+    assert samplers.evict("base") == ids(0, 1)
+    assert samplers.evict("base") == []
+    samplers.usable("alice", ids(3)[0])
+    with pytest.raises(NotFound, match="only the newest 2"):
+        samplers.usable("alice", ids(0)[0])
+    samplers.get("alice", ids(0)[0])
+
+
+def test_requests_in_flight_keep_a_snapshot_but_no_new_ones_come(samplers):
+    add(samplers, 0)
+    samplers.started(ids(0)[0])
+    samplers.started(ids(0)[0])
+    add(samplers, 1, 2)
+    assert samplers.evict("base") == []
+    with pytest.raises(NotFound):
+        samplers.usable("alice", ids(0)[0])
+    samplers.ended(ids(0)[0])
+    assert samplers.evict("base") == []
+    samplers.ended(ids(0)[0])
+    assert samplers.evict("base") == ids(0)
+
+
+def test_a_group_is_told_of_its_own_snapshots_only(samplers):
+    add(samplers, 0, 1, 2, base_model="small")
+    assert samplers.evict("base") == []
+    assert samplers.evict("small") == ids(0)
+
+
+def test_a_run_that_ends_keeps_none(samplers):
+    add(samplers, 0, 1)
+    samplers.retire("run", keep=0)
+    assert samplers.evict("base") == ids(0, 1)
+    samplers.retire("unknown", keep=0)
+
+
+def test_a_lost_group_has_no_snapshots(samplers):
+    add(samplers, 0, 1, 2)
+    add(samplers, 10, run_id="other", base_model="small")
+    samplers.lose_snapshots("base")
+    assert samplers.evict("base") == []
+    with pytest.raises(NotFound):
+        samplers.usable("alice", ids(2)[0])
+    samplers.usable("alice", ids(10)[0])
+    add(samplers, 3, 4, 5)
+    assert samplers.evict("base") == ids(3)
+
+
+def test_samplers_of_checkpoints_survive_a_restart_and_snapshots_do_not(samplers):
+    samplers.restore(snapshot(0))
+    samplers.restore(
+        SamplerRecord("s:sample:1", "s", "alice", "base", 0.0, model_path="tinker://a/weights/b")
+    )
+    samplers.usable("alice", "s:sample:1")
+    with pytest.raises(NotFound):
+        samplers.usable("alice", "s:sample:0")
+    assert samplers.of_session("s") == ["s:sample:0", "s:sample:1"]
+
+
+def test_other_tenants_see_nothing(samplers):
+    add(samplers, 0)
+    assert samplers.exists(ids(0)[0])
+    with pytest.raises(NotFound):
+        samplers.get("bob", ids(0)[0])
