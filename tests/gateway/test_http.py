@@ -53,6 +53,9 @@ async def test_the_api_page_shows_requests(client: httpx.AsyncClient) -> None:
     page = (await client.get("http://server/openapi.json")).json()
     step = page["paths"]["/api/v1/optim_step"]["post"]["requestBody"]["content"]["application/json"]
     assert "adam_params" in step["schema"]["properties"]
+    create = page["paths"]["/api/v1/create_model"]["post"]["requestBody"]["content"]["application/json"]
+    assert create["schema"]["properties"]["lora_config"]["properties"]["rank"]["type"] == "integer"
+    assert page["paths"]["/api/v1/optim_step"]["post"]["tags"] == ["training"]
 
 
 async def test_the_cache_of_models_is_bounded(backend: ScriptedBackend, config: Config) -> None:

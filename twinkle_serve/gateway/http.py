@@ -55,9 +55,20 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
 
 def describes(model: type[Lenient]) -> dict[str, Any]:
     """For the API page: handlers read their bodies themselves, so FastAPI cannot see the schema."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    schema = model.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
     return {"requestBody": {"content": {JSON: {"schema": schema}}}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """``node`` with each reference replaced by what it refers to."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in node.items()}
 
 
 def install_error_handlers(app: FastAPI) -> None:
