@@ -7,6 +7,7 @@ self_cognition.py against it in a second process, and fails unless the answer na
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,11 +35,15 @@ def run_client(server: RunningServer) -> list[str]:
     command += ["--model", MODEL, "--name", NAME, "--output", str(OUTPUT)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as client:
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
         assert client.stdout is not None
         for line in client.stdout:
             print(line, end="", flush=True)
             lines.append(line.strip())
+        client.wait()
+    finally:
+        client.kill()  # an interrupted demo must not leave it asking a server that is gone
     if client.returncode != 0:
         sys.exit(f"self_cognition.py exited with {client.returncode}; the server's log is {server.log}")
     return lines
@@ -46,6 +51,7 @@ def run_client(server: RunningServer) -> list[str]:
 
 def main() -> None:
     os.chdir(REPOSITORY)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped, too
     OUTPUT.mkdir(exist_ok=True)
     print("== base model: SmolLM2-135M-Instruct", flush=True)
     path = build_model()
