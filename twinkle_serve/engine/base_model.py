@@ -27,6 +27,7 @@ from twinkle_serve.engine.logprobs import (
     target_logprobs,
     top_k_logprobs,
 )
+from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.slots import Segment
 from twinkle_serve.protocol.work import ModelInfo
 
@@ -152,6 +153,7 @@ def prepare(
     """Put LoRA layers and packed attention into a loaded model."""
     segments, switch = Segments(), AttentionSwitch()
     targets = _attach(model, segments, switch)
+    replace_norms(model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UnsupportedModel(f"{type(model).__name__}: the unembedding is not a linear layer")

@@ -61,13 +61,17 @@ class Engine:
         directory = resolve_model(config.path, config.revision)
         self.base = load_base_model(config, directory)
         self.pool = SlotPool(
-            self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device
+            self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device, self.base.dtype
         )
         self._trainer = Trainer(self.base, self.pool)
         self._pages = PageStore(scratch / "runs", config.host_page_bytes)
         self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
         self._adapters = SampleAdapters(
-            self.base.layout, self._snapshots, config.sampler.adapter_slots, self.base.device
+            self.base.layout,
+            self._snapshots,
+            config.sampler.adapter_slots,
+            self.base.device,
+            self.base.dtype,
         )
         self._sampler = Sampler(self.base, self._adapters, config.sampler, directory)
 

@@ -135,9 +135,8 @@ class _Experts(torch.autograd.Function):
         out = _combine(y, weights, routing)
         down_hidden = _down_hidden(z, weights, routing, targets, _max_rank(segments))
         for adapter, start, end in segments:
-            b_t = adapter.factors(targets.down).b_t.to(x.dtype)
-            rank = adapter.spec.rank
-            out[start:end].addmm_(down_hidden[start:end, :rank], b_t, alpha=adapter.scale)
+            b_t = adapter.factors(targets.down).b_t
+            out[start:end].addmm_(down_hidden[start:end, : adapter.spec.rank], b_t, alpha=adapter.scale)
         ctx.save_for_backward(x, weights, gate_up, hidden_gate, hidden_up, down_hidden)
         ctx.module, ctx.routing, ctx.segments, ctx.targets, ctx.top_k = (
             module,
@@ -180,7 +179,7 @@ def _shared_hidden(
     for adapter, start, end in segments:
         rank = adapter.spec.rank
         for out, index in ((gate, targets.gate), (up, targets.up)):
-            out[start:end, :rank] = x[start:end] @ adapter.factors(index).a.to(x.dtype).t()
+            torch.mm(x[start:end], adapter.factors(index).a_t, out=out[start:end, :rank])
     return gate, up
 
 
@@ -200,14 +199,14 @@ def _gate_up(
     gate_up = x.new_empty(x_pairs.shape[0], 2 * inner)
     for expert, start, end in routing.expert_ranges:
         torch.mm(x_pairs[start:end], projection[expert].t(), out=gate_up[start:end])
+    gate_half, up_half = gate_up[:, :inner], gate_up[:, inner:]
     for expert, adapter, start, end in routing.blocks:
         if adapter is None:
             continue
-        rank, columns = adapter.spec.rank, slice(expert * inner, (expert + 1) * inner)
-        for half, hidden, index in ((0, gate_pairs, targets.gate), (1, up_pairs, targets.up)):
-            b_t = adapter.factors(index).b_t[:, columns].to(x.dtype)
-            view = gate_up[start:end, half * inner : (half + 1) * inner]
-            view.addmm_(hidden[start:end, :rank], b_t, alpha=adapter.scale)
+        rank = adapter.spec.rank
+        for half, hidden, index in ((gate_half, gate_pairs, targets.gate), (up_half, up_pairs, targets.up)):
+            b_t = adapter.expert_factors(index, expert).b_t
+            half[start:end].addmm_(hidden[start:end, :rank], b_t, alpha=adapter.scale)
     return gate_up
 
 
@@ -236,11 +235,10 @@ def _down_hidden(
 ) -> torch.Tensor:
     """The down product in rank space, summed over a token's experts with their weights: [T, max rank]."""
     pairs = z.new_zeros(z.shape[0], max_rank)
-    inner = z.shape[1]
     for expert, adapter, start, end in routing.blocks:
         if adapter is not None:
-            a = adapter.factors(targets.down).a[:, expert * inner : (expert + 1) * inner].to(z.dtype)
-            pairs[start:end, : adapter.spec.rank] = z[start:end] @ a.t()
+            a_t = adapter.expert_factors(targets.down, expert).a_t
+            torch.mm(z[start:end], a_t, out=pairs[start:end, : adapter.spec.rank])
     return _combine(pairs, weights, routing)
 
 
@@ -264,13 +262,12 @@ def _backward_down(
     <z, dz_unweighted> is also the gradient of the routing weight, so the expert outputs are never kept.
     """
     routing, segments, targets = ctx.routing, ctx.segments, ctx.targets
-    inner = z.shape[1]
     dhidden = z.new_zeros(dout.shape[0], down_hidden.shape[1])
     for adapter, start, end in segments:
-        _, b_t, _, grad_b_t = adapter.factors(targets.down)
+        factors = adapter.factors(targets.down)
         rank = adapter.spec.rank
-        torch.mul(dout[start:end] @ b_t.to(z.dtype).t(), adapter.scale, out=dhidden[start:end, :rank])
-        accumulate(grad_b_t, down_hidden[start:end, :rank].t(), dout[start:end], adapter.scale)
+        torch.mul(dout[start:end] @ factors.b, adapter.scale, out=dhidden[start:end, :rank])
+        accumulate(factors.grad_b_t, down_hidden[start:end, :rank].t(), dout[start:end], adapter.scale)
     dout_pairs = dout.index_select(0, routing.token)
     dhidden_pairs = dhidden.index_select(0, routing.token)
     pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1).to(z.dtype)
@@ -280,12 +277,10 @@ def _backward_down(
     for expert, adapter, start, end in routing.blocks:
         if adapter is None:
             continue
-        a, _, grad_a, _ = adapter.factors(targets.down)
-        assert grad_a is not None
-        columns = slice(expert * inner, (expert + 1) * inner)
+        factors = adapter.expert_factors(targets.down, expert)
         dh = dhidden_pairs[start:end, : adapter.spec.rank]
-        dz[start:end].addmm_(dh, a[:, columns].to(z.dtype))
-        accumulate(grad_a[:, columns], (dh * pair_weights[start:end]).t(), z[start:end], 1.0)
+        dz[start:end].addmm_(dh, factors.a)
+        accumulate(factors.grad_a, (dh * pair_weights[start:end]).t(), z[start:end], 1.0)
     return dz
 
 
@@ -308,16 +303,13 @@ def _backward_gate_up(
         for expert, adapter, start, end in routing.blocks:
             if adapter is None:
                 continue
-            _, b_t, _, grad_b_t = adapter.factors(index)
-            assert grad_b_t is not None
-            rank, columns = adapter.spec.rank, slice(expert * inner, (expert + 1) * inner)
-            dhidden_pairs[start:end, :rank] = dhalf[start:end] @ b_t[:, columns].to(x.dtype).t()
-            accumulate(
-                grad_b_t[:, columns], hidden_pairs[start:end, :rank].t(), dhalf[start:end], adapter.scale
-            )
+            factors = adapter.expert_factors(index, expert)
+            rank, dblock = adapter.spec.rank, dhalf[start:end]
+            torch.mm(dblock, factors.b, out=dhidden_pairs[start:end, :rank])
+            accumulate(factors.grad_b_t, hidden_pairs[start:end, :rank].t(), dblock, adapter.scale)
         dhidden = _sum_over_experts(dhidden_pairs, routing, ctx.top_k)
         for adapter, start, end in ctx.segments:
-            a, _, grad_a, _ = adapter.factors(index)
+            factors = adapter.factors(index)
             dh = dhidden[start:end, : adapter.spec.rank]
-            accumulate(grad_a, dh.t(), x[start:end], adapter.scale)
-            dx[start:end].addmm_(dh, a.to(x.dtype), alpha=adapter.scale)
+            accumulate(factors.grad_a, dh.t(), x[start:end], adapter.scale)
+            dx[start:end].addmm_(dh, factors.a, alpha=adapter.scale)

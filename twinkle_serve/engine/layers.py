@@ -79,9 +79,9 @@ class _LoraLinear(torch.autograd.Function):
         y = F.linear(x, weight, bias)
         hidden = []
         for adapter, start, end in segments:
-            a, b_t, _, _ = adapter.factors(target_index)
-            h = x[start:end] @ a.to(x.dtype).t()
-            y[start:end].addmm_(h, b_t.to(x.dtype), alpha=adapter.scale)
+            factors = adapter.factors(target_index)
+            h = x[start:end] @ factors.a_t
+            y[start:end].addmm_(h, factors.b_t, alpha=adapter.scale)
             hidden.append(h)
         ctx.save_for_backward(x, weight)
         ctx.hidden, ctx.segments, ctx.target_index = hidden, segments, target_index
@@ -93,12 +93,12 @@ class _LoraLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dy @ weight
         for (adapter, start, end), h in zip(ctx.segments, ctx.hidden, strict=True):
-            a, b_t, grad_a, grad_b_t = adapter.factors(ctx.target_index)
+            factors = adapter.factors(ctx.target_index)
             dy_s = dy[start:end]
-            dh = dy_s @ b_t.to(dy.dtype).t()
-            accumulate(grad_b_t, h.t(), dy_s, adapter.scale)
-            accumulate(grad_a, dh.t(), x[start:end], adapter.scale)
-            dx[start:end].addmm_(dh, a.to(dy.dtype), alpha=adapter.scale)
+            dh = dy_s @ factors.b
+            accumulate(factors.grad_b_t, h.t(), dy_s, adapter.scale)
+            accumulate(factors.grad_a, dh.t(), x[start:end], adapter.scale)
+            dx[start:end].addmm_(dh, factors.a, alpha=adapter.scale)
         return dx, None, None, None, None
 
 

@@ -47,8 +47,11 @@ class HeadSegment(NamedTuple):
         """The segments of packed rows, seen by the unembedding, which is target ``target_index``."""
         found = []
         for adapter, start, end in segments:
-            a, b_t, grad_a, grad_b_t = adapter.factors(target_index)
-            found.append(cls(start, end, a, b_t, adapter.scale, grad_a, grad_b_t))
+            layout, target = adapter.layout, adapter.layout.targets[target_index]
+            # The head is float32 whatever the base model is, so it takes the weights themselves.
+            a, b_t = layout.a(adapter.weights, target), layout.b_t(adapter.weights, target)
+            factors = adapter.factors(target_index)
+            found.append(cls(start, end, a, b_t, adapter.scale, factors.grad_a, factors.grad_b_t))
         return found
 
 

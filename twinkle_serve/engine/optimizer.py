@@ -49,6 +49,7 @@ def adamw_step(steps: Sequence[SlotStep]) -> list[dict[str, float] | NonFiniteGr
     for step, outcome in zip(steps, outcomes, strict=True):
         step.pool.has_grads[step.slot] = False
         step.pool.steps[step.slot] += not isinstance(outcome, NonFiniteGradientError)
+        step.pool.adapter(step.slot).refresh()
     return outcomes
 
 

@@ -21,12 +21,18 @@ class SampleAdapters:
     was dropped from the cache, so eviction is never seen by a client."""
 
     def __init__(
-        self, layout: AdapterLayout, snapshots: PageStore, capacity: int, device: torch.device
+        self,
+        layout: AdapterLayout,
+        snapshots: PageStore,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self._layout = layout
         self._snapshots = snapshots
         self._capacity = capacity
         self._device = device
+        self._dtype = dtype
         self._cache: OrderedDict[str, Adapter] = OrderedDict()
 
     def get(self, ref: AdapterRef) -> Adapter:
@@ -38,7 +44,7 @@ class SampleAdapters:
                 state = self._snapshots.get(ref.adapter)
             else:
                 state = load_adapter(ref.directory, self._layout, optimizer=False)
-            found = Adapter(self._layout, state.spec, state.weights.to(self._device))
+            found = Adapter(self._layout, state.spec, state.weights.to(self._device), dtype=self._dtype)
             self._cache[ref.adapter] = found
         self._cache.move_to_end(ref.adapter)
         while len(self._cache) > self._capacity:

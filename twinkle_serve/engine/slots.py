@@ -21,10 +21,13 @@ LORA_ALPHA = 32
 
 
 class Factors(NamedTuple):
-    """Both factors of one target: A ``[r, in]`` and B transposed ``[r, out]``; views, with the gradients'
-    views where the adapter is being trained. Fused experts lie side by side (layout.py)."""
+    """Both factors of one target, each also transposed: A ``[r, in]`` and B ``[out, r]`` in the base model's
+    type; the gradients of A and of B transposed, in float32, where the adapter is being trained. All are
+    views."""
 
     a: torch.Tensor
+    a_t: torch.Tensor
+    b: torch.Tensor
     b_t: torch.Tensor
     grad_a: torch.Tensor | None
     grad_b_t: torch.Tensor | None
@@ -33,32 +36,65 @@ class Factors(NamedTuple):
 class Adapter:
     """One adapter's block of weights ``[rank, row_size]``, seen target by target.
 
-    ``grads`` is a block of the same shape that backward passes add to, or None for a frozen adapter.
+    grads: a block of the same shape that backward passes add to, or None for a frozen adapter.
+    dtype: what the matrix products run in. If it is not that of the weights, they are copied to it once per
+    change, which whoever changes them says by ``refresh``.
     """
 
     def __init__(
-        self, layout: AdapterLayout, spec: LoraSpec, weights: torch.Tensor, grads: torch.Tensor | None = None
+        self,
+        layout: AdapterLayout,
+        spec: LoraSpec,
+        weights: torch.Tensor,
+        grads: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layout = layout
         self.spec = spec
         self.weights = weights
         self.grads = grads
         self.scale = LORA_ALPHA / spec.rank
+        self._compute = weights.to(dtype)  # the same tensor if the type is the same
+        # Views are kept: making one costs more than the small matrix products they are made for.
         self._factors: list[Factors | None] = [None] * len(layout.targets)
+        self._expert_factors: dict[tuple[int, int], Factors] = {}
+
+    def refresh(self) -> None:
+        """The weights have changed."""
+        if self._compute is not self.weights:
+            self._compute.copy_(self.weights)
 
     def factors(self, target_index: int) -> Factors:
-        """Views of one target's factors. They are kept: slicing costs more than a small matrix product."""
+        """One target's factors. Those of fused experts lie side by side (layout.py)."""
         found = self._factors[target_index]
         if found is None:
-            target, layout, grads = self.layout.targets[target_index], self.layout, self.grads
-            found = Factors(
-                layout.a(self.weights, target),
-                layout.b_t(self.weights, target),
-                None if grads is None else layout.a(grads, target),
-                None if grads is None else layout.b_t(grads, target),
+            target = self.layout.targets[target_index]
+            found = self._views(
+                slice(target.a_offset, target.a_offset + target.a_width),
+                slice(target.b_offset, target.b_offset + target.b_width),
             )
             self._factors[target_index] = found
         return found
+
+    def expert_factors(self, target_index: int, expert: int) -> Factors:
+        """The factors of one expert; the one on the hidden side is that of all experts."""
+        found = self._expert_factors.get((target_index, expert))
+        if found is None:
+            target = self.layout.targets[target_index]
+            own_a = target.kind == "expert_down"
+            a_start = target.a_offset + (expert * target.in_features if own_a else 0)
+            b_start = target.b_offset + (0 if own_a else expert * target.out_features)
+            found = self._views(
+                slice(a_start, a_start + target.in_features), slice(b_start, b_start + target.out_features)
+            )
+            self._expert_factors[target_index, expert] = found
+        return found
+
+    def _views(self, a_columns: slice, b_columns: slice) -> Factors:
+        a, b_t = self._compute[:, a_columns], self._compute[:, b_columns]
+        if self.grads is None:
+            return Factors(a, a.t(), b_t.t(), b_t, None, None)
+        return Factors(a, a.t(), b_t.t(), b_t, self.grads[:, a_columns], self.grads[:, b_columns])
 
 
 class Segment(NamedTuple):
@@ -114,10 +150,18 @@ class AdapterState:
 
 
 class SlotPool:
-    """The training slots. A free slot is all zeros in all four tensors."""
+    """The training slots. A free slot is all zeros in all four tensors. ``dtype``: see Adapter."""
 
-    def __init__(self, layout: AdapterLayout, num_slots: int, max_rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        num_slots: int,
+        max_rank: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.layout = layout
+        self._dtype = dtype
         shape = (num_slots, max_rank, layout.row_size)
         # torch.zeros leaves pages untouched on the CPU, so unused slots and rank rows take no memory.
         self.weights = torch.zeros(shape, device=device)
@@ -155,6 +199,7 @@ class SlotPool:
         """Put a fresh adapter into a free slot."""
         self._occupy(slot, spec)
         initialize(self.layout, spec, self.weights[slot, : spec.rank])
+        self.adapter(slot).refresh()
 
     def put(self, slot: int, state: AdapterState) -> None:
         """Put a saved run into a free slot, exactly as it was."""
@@ -166,6 +211,7 @@ class SlotPool:
                 target.copy_(source)
         self.steps[slot] = state.step
         self.has_grads[slot] = state.grads is not None
+        self.adapter(slot).refresh()
 
     def state(self, slot: int, *, grads: bool = True, optimizer: bool = True) -> AdapterState:
         """A copy of an occupied slot on the CPU, later changes not included."""
@@ -198,7 +244,9 @@ class SlotPool:
         assert self._adapters[slot] is None, f"slot {slot} is taken"
         assert spec.rank <= self.weights.shape[1]
         rank = spec.rank
-        self._adapters[slot] = Adapter(self.layout, spec, self.weights[slot, :rank], self.grads[slot, :rank])
+        self._adapters[slot] = Adapter(
+            self.layout, spec, self.weights[slot, :rank], self.grads[slot, :rank], self._dtype
+        )
 
 
 def _host_copy(block: torch.Tensor) -> torch.Tensor:

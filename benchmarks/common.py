@@ -1,0 +1,65 @@
+"""What every benchmark shares: interleaved arms, medians of wall and CPU time, and a record of the machine.
+
+Knows how to time callables fairly on a shared machine. Does not know what they do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median seconds of one arm: by the clock, and of CPU time of this process."""
+
+    wall: float
+    cpu: float
+
+
+def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+    """Run all arms ``rounds`` times in turn, so that a busy moment of the machine hits each alike."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    for turn in range(warmup + rounds):
+        for name, arm in arms.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            arm()
+            if turn >= warmup:
+                samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: Timing(statistics.median(w for w, _ in times), statistics.median(c for _, c in times))
+        for name, times in samples.items()
+    }
+
+
+class Report:
+    """Rows of one benchmark: printed as they come, written to ``results/<date>-<name>.json`` at the end."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rows: list[dict[str, Any]] = []
+        print(f"== {name} (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)", flush=True)
+
+    def row(self, what: str, ratio: float, target: str = "", **details: Any) -> None:
+        """One figure: a ratio measured in this run, beside what it should reach."""
+        load = os.getloadavg()[0]
+        plain = {key: asdict(v) if isinstance(v, Timing) else v for key, v in details.items()}
+        self._rows.append({"what": what, "ratio": ratio, "target": target, "load": load, **plain})
+        aim = f"  (target {target})" if target else ""
+        print(f"{what:<64} {ratio:6.2f}{aim}", flush=True)
+
+    def write(self) -> Path:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{self._name}.json"
+        path.write_text(json.dumps({"benchmark": self._name, "rows": self._rows}, indent=1) + "\n")
+        print(f"wrote {path}")
+        return path
