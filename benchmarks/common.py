@@ -49,11 +49,13 @@ class Report:
         self._rows: list[dict[str, Any]] = []
         print(f"== {name} (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)", flush=True)
 
-    def row(self, what: str, ratio: float, target: str = "", **details: Any) -> None:
-        """One figure: a ratio measured in this run, beside what it should reach."""
-        load = os.getloadavg()[0]
-        plain = {key: asdict(v) if isinstance(v, Timing) else v for key, v in details.items()}
-        self._rows.append({"what": what, "ratio": ratio, "target": target, "load": load, **plain})
+    def row(
+        self, what: str, ratio: float, target: str = "", timings: Mapping[str, Timing] | None = None
+    ) -> None:
+        """One figure: a ratio measured in this run, beside what it should reach and what it came from."""
+        row: dict[str, Any] = {"what": what, "ratio": ratio, "target": target, "load": os.getloadavg()[0]}
+        row["timings"] = {name: asdict(timing) for name, timing in (timings or {}).items()}
+        self._rows.append(row)
         aim = f"  (target {target})" if target else ""
         print(f"{what:<64} {ratio:6.2f}{aim}", flush=True)
 

@@ -17,9 +17,9 @@ LAYOUT = AdapterLayout.build(
 )
 
 
-def adapter(rank: int, seed: int, *, frozen: bool = False) -> Adapter:
+def adapter(rank: int, seed: int, *, frozen: bool = False, dtype: torch.dtype = torch.float32) -> Adapter:
     weights = torch.randn(rank, LAYOUT.row_size, generator=torch.Generator().manual_seed(seed)) * 0.3
-    return Adapter(LAYOUT, LoraSpec(rank), weights, None if frozen else torch.zeros_like(weights))
+    return Adapter(LAYOUT, LoraSpec(rank), weights, None if frozen else torch.zeros_like(weights), dtype)
 
 
 def layer(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[LoraLinear, Segments]:
@@ -112,7 +112,7 @@ def test_a_segment_does_not_depend_on_its_neighbours() -> None:
 
 def test_bfloat16_base_keeps_gradients_in_float32() -> None:
     lora, segments = layer(dtype=torch.bfloat16)
-    parts = [Segment(adapter(8, 1), 0, 64)]
+    parts = [Segment(adapter(8, 1, dtype=torch.bfloat16), 0, 64)]
     segments.set({"mlp": parts})
     x = torch.randn(64, IN).bfloat16().requires_grad_()
     y = lora(x)
