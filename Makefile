@@ -9,17 +9,15 @@ SHELL := /bin/bash
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-OLD_SDKS := 0.7.0 0.16.1
-OLD_SDK_STAMPS := $(OLD_SDKS:%=.venvs/tinker-%/.installed)
 
-.PHONY: help venv demo lint test sdks clean
+.PHONY: help venv demo lint test clean
 
 help:
 	@echo "make demo   a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
 	@echo "make test   lint, types and every test"
 	@echo "make lint   ruff and mypy only"
 	@echo "make venv   .venv with the package in it: .venv/bin/twinkle-serve"
-	@echo "make clean  remove the virtual environments (models/ stays)"
+	@echo "make clean  remove the virtual environment (models/ stays)"
 
 venv: $(STAMP)
 
@@ -28,18 +26,6 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 	    -c constraints.txt -e '.[dev,sharding]'
-	@touch $@
-
-# Old SDKs share every other package with .venv: their own requirements have no upper bounds that matter.
-sdks: $(OLD_SDK_STAMPS)
-
-.venvs/tinker-%/.installed: $(STAMP)
-	@echo "== tinker $* in a virtual environment of its own"
-	$(BIN)/python -m venv --without-pip .venvs/tinker-$*
-	$(BIN)/python -m pip --python .venvs/tinker-$*/bin/python --disable-pip-version-check install --quiet \
-	    --no-deps tinker==$*
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$(.venvs/tinker-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	@touch $@
 
 demo: $(STAMP)
@@ -51,9 +37,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint sdks
+test: lint
 	@echo "== pytest"
 	$(BIN)/python -m pytest --durations=10
 
 clean:
-	rm -rf .venv .venvs
+	rm -rf .venv

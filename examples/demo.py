@@ -19,7 +19,6 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAME = "Twinkle"
-OUTPUT = Path("demo-output")
 
 
 def build_model() -> str:
@@ -29,10 +28,10 @@ def build_model() -> str:
     return output.splitlines()[-1]
 
 
-def run_client(server: RunningServer) -> list[str]:
+def run_client(server: RunningServer, output: Path) -> list[str]:
     """Run the example as a user would, showing its output; returns its lines."""
     command = [sys.executable, str(HERE / "self_cognition.py"), "--base-url", server.url]
-    command += ["--model", MODEL, "--name", NAME, "--output", str(OUTPUT)]
+    command += ["--model", MODEL, "--name", NAME, "--output", str(output)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     lines = []
     client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -49,20 +48,20 @@ def run_client(server: RunningServer) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(output: Path) -> None:
+    output = output.absolute()
     os.chdir(REPOSITORY)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped, too
-    OUTPUT.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     print("== base model: SmolLM2-135M-Instruct", flush=True)
     path = build_model()
     print(f"{path}\n== server: twinkle-serve up deployments/local.yaml", flush=True)
     started = time.monotonic()
-    settings = [f"models.0.name={MODEL}", f"models.0.path={path}", f"storage.root={OUTPUT / 'server'}"]
-    with running_server(Path("deployments/local.yaml"), settings, log=OUTPUT / "server.log") as server:
-        print(
-            f"ready at {server.url}, log in {server.log}\n== client: examples/self_cognition.py", flush=True
-        )
-        lines = run_client(server)
+    settings = [f"models.0.name={MODEL}", f"models.0.path={path}", f"storage.root={output / 'server'}"]
+    with running_server(Path("deployments/local.yaml"), settings, log=output / "server.log") as server:
+        print(f"ready at {server.url}, log in {server.log}", flush=True)
+        print("== client: examples/self_cognition.py", flush=True)
+        lines = run_client(server, output)
     print(f"== done in {time.monotonic() - started:.0f} s")
     after = [line for line in lines if line.startswith("after:")]
     if not (after and NAME in after[0]):
@@ -70,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output"))
