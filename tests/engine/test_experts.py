@@ -43,9 +43,9 @@ class Experts(nn.Module):
         self.twinkle_targets = ExpertTargets(self.segments, 0, 1, 2)
 
 
-def adapter(rank: int, seed: int) -> Adapter:
+def adapter(rank: int, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
     weights = torch.randn(rank, LAYOUT.row_size, generator=torch.Generator().manual_seed(seed)) * 0.1
-    return Adapter(LAYOUT, LoraSpec(rank), weights, torch.zeros_like(weights))
+    return Adapter(LAYOUT, LoraSpec(rank), weights, torch.zeros_like(weights), dtype)
 
 
 def one_token(
@@ -134,7 +134,7 @@ def test_bfloat16_base_keeps_gradients_in_float32() -> None:
     x, index, weights = torch.randn(40, HIDDEN).bfloat16(), routing(40, 2, 2), torch.rand(40, 2).bfloat16()
     grads = []
     for which, dtype in ((module, torch.bfloat16), (precise, torch.float32)):
-        owner = adapter(4, 1)
+        owner = adapter(4, 1, dtype)
         which.segments.set({"mlp": [Segment(owner, 0, 40)]})
         y = experts_forward(which, x.to(dtype).requires_grad_(), index, weights.to(dtype))
         assert y.dtype == dtype
