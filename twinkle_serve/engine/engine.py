@@ -6,6 +6,7 @@ not know who asked, in which order requests came, or ray.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler
 from twinkle_serve.engine.slots import SlotPool
+from twinkle_serve.engine.state_files import StateWriter, read_state
 from twinkle_serve.engine.trainer import Trainer
 from twinkle_serve.hub.models import resolve_model
 from twinkle_serve.protocol.work import (
@@ -37,6 +39,8 @@ from twinkle_serve.protocol.work import (
     Outcome,
     PageIn,
     PageOut,
+    PersistRun,
+    RestoreRun,
     SaveAdapter,
     Snapshot,
     Tick,
@@ -65,6 +69,7 @@ class Engine:
         )
         self._trainer = Trainer(self.base, self.pool)
         self._pages = PageStore(scratch / "runs", config.host_page_bytes)
+        self._states = StateWriter()
         self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
         self._adapters = SampleAdapters(
             self.base.layout,
@@ -88,6 +93,7 @@ class Engine:
         return bool(torch.isfinite(hidden).all())
 
     def close(self) -> None:
+        self._states.close()
         if self._owned_scratch is not None:
             shutil.rmtree(self._owned_scratch, ignore_errors=True)
 
@@ -97,6 +103,8 @@ class Engine:
         moves: tuple[PageOut | DropRun | PageIn, ...] = (*tick.page_out, *tick.drops, *tick.page_in)
         for move in moves:
             self._move(move)
+        for restore in tick.restores:
+            yield _answer(restore.request_id, partial(self._restore, restore))
         for create in tick.creates:
             yield _answer(create.request_id, partial(self.pool.create, create.slot, create.spec))
         for load in tick.loads:
@@ -112,6 +120,9 @@ class Engine:
             yield _answer(save.request_id, partial(self._save, save))
         for snapshot in tick.snapshots:
             yield _answer(snapshot.request_id, partial(self._snapshot, snapshot))
+        for persist in tick.persists:
+            self._persist(persist)
+        yield from self._states.outcomes()
         for name in tick.drop_snapshots:
             self._snapshots.drop(name)
             self._adapters.drop(name)
@@ -153,7 +164,17 @@ class Engine:
         return save_adapter(item.directory, state, self.base.layout, self.info.name, item.manifest)
 
     def _snapshot(self, item: Snapshot) -> None:
-        self._snapshots.put(item.adapter, self.pool.state(item.slot, grads=False, optimizer=False))
+        state = self.pool.state(item.slot, grads=False, optimizer=False)
+        self._snapshots.put(item.adapter, state)
+        if item.path is not None:
+            self._states.write(item.path, state)
+
+    def _restore(self, item: RestoreRun) -> None:
+        self.pool.put(item.slot, read_state(item.path))
+
+    def _persist(self, item: PersistRun) -> None:
+        state = self._pages.get(item.run_id) if item.slot is None else self.pool.state(item.slot)
+        self._states.write(item.path, state, item.request_id)
 
     def _gauges(self) -> dict[str, float]:
         return {
@@ -186,6 +207,11 @@ def _answer(request_id: str, action: Callable[[], Any]) -> Outcome:
         return Outcome(request_id, failure=Failure("the checkpoint is missing or damaged"))
     except ValueError as error:
         return Outcome(request_id, failure=Failure(str(error)))
+    except OSError as error:
+        logger.error("request %s: %s", request_id, error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the server's disk is full; nothing was saved" if full else f"disk error: {error.strerror}"
+        return Outcome(request_id, failure=Failure(what, "server"))
     except Exception:
         logger.exception("request %s failed", request_id)
         return Outcome(request_id, failure=Failure("internal error while doing this request", "server"))

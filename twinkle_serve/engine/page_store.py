@@ -6,19 +6,11 @@ Knows AdapterStates by name. Does not know why one is here (a paged-out run or a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import OrderedDict
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from twinkle_serve.engine.slots import AdapterState
-from twinkle_serve.protocol.data import LoraSpec
-
-_BLOCKS = ("weights", "grads", "exp_avg", "exp_avg_sq")
+from twinkle_serve.engine.state_files import pack_state, read_state
 
 
 class PageStore:
@@ -52,7 +44,7 @@ class PageStore:
             return self._host[key]
         if key not in self._disk:
             raise KeyError(key)
-        return self._read(key)
+        return read_state(self._path(key), checked=False)
 
     def pop(self, key: str) -> AdapterState:
         """The state under ``key``, which is forgotten here. Raises KeyError."""
@@ -70,17 +62,8 @@ class PageStore:
     def _spill(self, key: str, state: AdapterState) -> None:
         self.host_bytes -= state.num_bytes()
         self._directory.mkdir(parents=True, exist_ok=True)
-        blocks = {name: getattr(state, name) for name in _BLOCKS if getattr(state, name) is not None}
-        metadata = {"spec": json.dumps(asdict(state.spec)), "step": str(state.step)}
-        save_file(blocks, self._path(key), metadata)
+        self._path(key).write_bytes(pack_state(state, checked=False))
         self._disk[key] = state.num_bytes()
-
-    def _read(self, key: str) -> AdapterState:
-        with safe_open(self._path(key), framework="pt") as file:
-            metadata = file.metadata()
-            blocks: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        spec = LoraSpec(**json.loads(metadata["spec"]))
-        return AdapterState(spec=spec, step=int(metadata["step"]), **blocks)
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"

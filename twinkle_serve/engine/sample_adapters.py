@@ -12,8 +12,10 @@ import torch
 from twinkle_serve.engine.adapter_files import load_adapter
 from twinkle_serve.engine.layout import AdapterLayout
 from twinkle_serve.engine.page_store import PageStore
-from twinkle_serve.engine.slots import Adapter
+from twinkle_serve.engine.slots import Adapter, AdapterState
+from twinkle_serve.engine.state_files import read_state
 from twinkle_serve.protocol.work import AdapterRef
+from twinkle_serve.storage.checkpoints import STATE_SUFFIX
 
 
 class SampleAdapters:
@@ -40,16 +42,19 @@ class SampleAdapters:
         for a checkpoint."""
         found = self._cache.get(ref.adapter)
         if found is None:
-            if ref.directory is None:
-                state = self._snapshots.get(ref.adapter)
-            else:
-                state = load_adapter(ref.directory, self._layout, optimizer=False)
+            in_memory = ref.directory is None
+            state = self._snapshots.get(ref.adapter) if in_memory else self._read(str(ref.directory))
             found = Adapter(self._layout, state.spec, state.weights.to(self._device), dtype=self._dtype)
             self._cache[ref.adapter] = found
         self._cache.move_to_end(ref.adapter)
         while len(self._cache) > self._capacity:
             self._cache.popitem(last=False)
         return found
+
+    def _read(self, path: str) -> AdapterState:
+        if path.endswith(STATE_SUFFIX):
+            return read_state(path)
+        return load_adapter(path, self._layout, optimizer=False)
 
     def drop(self, name: str) -> None:
         self._cache.pop(name, None)

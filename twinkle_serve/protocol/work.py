@@ -52,6 +52,29 @@ class LoadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreRun:
+    """Put the run that PersistRun wrote to the file ``path`` into the free ``slot``, exactly as it was.
+    Answers None."""
+
+    request_id: str
+    run_id: str
+    slot: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class PersistRun:
+    """Write the whole run (weights, gradients, moments) to the new file ``path``: as it is at the end of
+    this tick, from ``slot`` or (None) from where it was paged out to. Answers the size in bytes, in this
+    tick or a later one, once the file is whole and on disk."""
+
+    request_id: str
+    run_id: str
+    slot: int | None
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class DropRun:
     """Forget a run: scrub its slot (None when it is paged out) and its paged copy."""
 
@@ -102,16 +125,21 @@ class SaveAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Freeze the adapter in ``slot`` for sampling under the name ``adapter``. Answers None."""
+    """Freeze the adapter in ``slot`` for sampling under the name ``adapter``. Answers None.
+
+    ``path``: also write it to that file, in the background; before any later PersistRun of the run.
+    """
 
     request_id: str
     slot: int
     adapter: str
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """The weights to sample with: a snapshot or a checkpoint ``directory``, known under ``adapter``."""
+    """The weights to sample with, known under ``adapter``: a snapshot in the group's memory, or what lies
+    at ``directory``: a checkpoint, or the file that a snapshot was written to."""
 
     adapter: str
     directory: str | None = None
@@ -142,6 +170,7 @@ class Tick:
     page_out: tuple[PageOut, ...] = ()
     drops: tuple[DropRun, ...] = ()
     page_in: tuple[PageIn, ...] = ()
+    restores: tuple[RestoreRun, ...] = ()
     creates: tuple[CreateAdapter, ...] = ()
     loads: tuple[LoadAdapter, ...] = ()
     passes: tuple[Pass, ...] = ()
@@ -149,6 +178,7 @@ class Tick:
     optim_steps: tuple[OptimStep, ...] = ()
     saves: tuple[SaveAdapter, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
+    persists: tuple[PersistRun, ...] = ()
     drop_snapshots: tuple[str, ...] = ()
     cancels: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()

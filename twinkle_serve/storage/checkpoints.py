@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+# A run's state and a sampling snapshot are one file each; it checks itself (engine/state_files.py).
+STATE_SUFFIX = ".safetensors"
 _PARTIAL = ".partial-"
 _PREVIOUS = ".previous"
 _AT_FDCWD = -100
@@ -119,6 +121,21 @@ def remove_checkpoint(directory: str | Path) -> None:
         return
     _fsync(target.parent)
     shutil.rmtree(doomed)
+
+
+def write_file(path: str | Path, content: bytes | memoryview) -> int:
+    """Put one file at ``path``, whole and durable, or not at all. Returns its size in bytes."""
+    target = Path(path)
+    _make_directories(target.parent)
+    partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content)
+        _fsync(partial)
+        os.rename(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    _fsync(target.parent)
+    return len(content)
 
 
 def sweep(root: str | Path) -> list[Path]:
