@@ -42,11 +42,12 @@ async def control_plane(
     group: EchoGroup | None = None,
     config: Config | None = None,
     url: str | None = "sqlite://",
+    catalog: Any = None,
     **options,
 ):
     """A started ControlPlane, closed at the end. Its catalogue is in memory, or with ``url`` None below
     ``root``, where the next one finds it."""
-    catalog = Catalog(root, url)
+    catalog = catalog or Catalog(root, url)
     group = group or EchoGroup()
     plane = ControlPlane({"base": group}, catalog, config or make_config(), VirtualClock(), **options)
     await plane.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.control.echo_group import EchoGroup, pass_command
+from tests.control.memory_catalog import MemoryCatalog
 from tests.control.plane import Client, control_plane, counting_tokens, make_config, optim
 from tests.control.virtual_time import run as run_virtual
 from twinkle_serve.control.backend import (
@@ -48,12 +49,12 @@ class Report:
     passes_together: int = 0
 
 
-def simulate(seed: int, root: Path, crashes: bool = False) -> Report:
+def simulate(seed: int, crashes: bool = False) -> Report:
     """Run one schedule to its end. Raises AssertionError where the control plane broke a promise."""
-    return run_virtual(_simulate(random.Random(seed), root, crashes))
+    return run_virtual(_simulate(random.Random(seed), crashes))
 
 
-async def _simulate(rng: random.Random, root: Path, crashes: bool) -> Report:
+async def _simulate(rng: random.Random, crashes: bool) -> Report:
     group = EchoGroup(max_slots=rng.randint(1, 4), pass_s=rng.choice([0.001, 0.05, 1.0]))
     group.delay_saves = rng.random() < 0.3
     if crashes:
@@ -62,7 +63,9 @@ async def _simulate(rng: random.Random, root: Path, crashes: bool) -> Report:
         gap_timeout_s=GAP_S, tick_tokens=rng.choice([50, 1000]), company_wait_ms=rng.choice([0, 25])
     )
     report = Report()
-    async with control_plane(root, group, config, new_token=counting_tokens()) as plane:
+    async with control_plane(
+        Path(), group, config, catalog=MemoryCatalog(), new_token=counting_tokens()
+    ) as plane:
         tenants = [f"tenant {n}" for n in range(rng.randint(1, 4))]
         actors = [
             RandomRun(plane, rng.choice(tenants), number, random.Random(rng.random()), report, crashes)

@@ -203,6 +203,20 @@ async def test_unloading_frees_the_slot_and_ends_the_run(tmp_path):
         assert (await plane.weights_info(TENANT, path))["lora_rank"] == 8
 
 
+@virtual
+async def test_nothing_that_was_sent_after_an_unload_runs(tmp_path):
+    group = EchoGroup(max_slots=1)
+    async with control_plane(tmp_path, group) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        path = (await client.do(run, 1, SaveCommand("weights", "n")))["path"]
+        later = [await client.submit(run, n, c) for n, c in ((3, optim()), (4, LoadCommand(path, True)))]
+        await client.do(run, 2, UnloadCommand())
+        for request in later:
+            assert "was unloaded" in (await client.failure(request)).message
+        assert group.slots == [None]
+
+
 # tenants ----------------------------------------------------------------------------------------------
 
 

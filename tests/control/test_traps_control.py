@@ -156,6 +156,8 @@ async def test_trap_34_a_result_can_be_read_again_until_its_retention_ends(tmp_p
         assert await client.result(request) == ("create", "a")
         await asyncio.sleep(30)
         assert (await client.poll(request)).state == "gone"
+        again = await client.submit(run, 1, pass_command("a"))
+        assert "too late" in (await client.failure(again)).message
 
 
 @virtual

@@ -201,6 +201,8 @@ class Assembler:
     def _command(self, assembly: Assembly, run: Run, entry: RunEntry) -> Place:
         command = entry.command
         request_id = entry.request_id
+        if run.down is not None and run.record.unloaded:
+            raise _Refused(run.down)
         match command:
             case RejectedCommand(failure):
                 raise _Refused(failure)

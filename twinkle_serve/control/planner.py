@@ -57,7 +57,6 @@ class _Tenant:
     weight: float
     served: float = 0.0
     turn: int = 0
-    num_running: int = 0
     runs: dict[str, CommandLog[RunCommand]] = field(default_factory=dict)
 
 
@@ -114,7 +113,7 @@ class Planner:
         tenant = self._tenants.get(tenant_name)
         if tenant is None:
             tenant = self._tenants[tenant_name] = _Tenant(tenant_name, self._weight(tenant_name))
-        if not tenant.runs and not tenant.num_running:
+        if not tenant.runs:
             tenant.served = max(tenant.served, self._floor)
         tenant.runs[run_id] = self._queued[run_id] = log
 
@@ -127,7 +126,6 @@ class Planner:
         for work in fill.work.values():
             tenant = self._tenants[work.tenant]
             self._running[work.run_id] = (work.tenant, tenant.runs.pop(work.run_id))
-            tenant.num_running += 1
             del self._queued[work.run_id]
             if isinstance(work.entries[-1].command, UnloadCommand):
                 self._leave(work.run_id)
@@ -149,8 +147,6 @@ class Planner:
             if run_id in self._think:
                 self._think[run_id].left(now)
             self.ready(tenant, run_id, log, now)
-        for tenant, _ in running.values():
-            self._tenants[tenant].num_running -= 1
 
     # company --------------------------------------------------------------------------------------
 
