@@ -9,10 +9,11 @@ from tests.control.echo_group import pass_command
 from tests.control.memory_catalog import MemoryCatalog
 from tests.control.plane import optim
 from twinkle_serve.config import LimitsConfig
-from twinkle_serve.control.assembly import Assembler, Assembly
+from twinkle_serve.control.assembly import Assembler
 from twinkle_serve.control.backend import LoadCommand, SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.commands import BirthCommand
+from twinkle_serve.control.flights import Assembly
 from twinkle_serve.control.log import Entry
 from twinkle_serve.control.planner import RunWork, Window
 from twinkle_serve.control.residency import Residency

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from twinkle_serve.control.backend import (
@@ -24,7 +23,8 @@ from twinkle_serve.control.backend import (
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.checkpoints import check_ttl, key_of, path_of
 from twinkle_serve.control.commands import BirthCommand, RunEntry
-from twinkle_serve.control.microbatches import Load, pack
+from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
+from twinkle_serve.control.microbatches import pack
 from twinkle_serve.control.planner import Window
 from twinkle_serve.control.residency import Placement, Residency
 from twinkle_serve.control.runs import Run
@@ -46,55 +46,8 @@ from twinkle_serve.protocol.work import (
 )
 from twinkle_serve.storage.records import CheckpointRecord, SamplerRecord
 
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _ignore(failure: Failure) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """One request on its way through the group.
-
-    on_value: takes note of success and turns the group's value into the client's. on_failure: takes note.
-    outlives_tick: its outcome may come with a later tick (saves and samples). sample: it is one, of
-    ``num_sequences``; if it gets lost the client may simply submit it again.
-    """
-
-    request_id: str
-    on_value: Callable[[Any], Any] = _same
-    on_failure: Callable[[Failure], None] = _ignore
-    outlives_tick: bool = False
-    num_sequences: int = 0
-
-
-@dataclass(slots=True)
-class Assembly:
-    """A tick in the making. ``flights``: what the group will answer; ``verdicts``: what is decided
-    without it, to be told after what comes before in the run's order."""
-
-    flights: dict[str, Flight] = field(default_factory=dict)
-    verdicts: list[Outcome] = field(default_factory=list)
-    drops: list[DropRun] = field(default_factory=list)
-    creates: list[CreateAdapter] = field(default_factory=list)
-    loads: list[LoadAdapter] = field(default_factory=list)
-    passes: list[Pass] = field(default_factory=list)
-    lengths: list[Sequence[int]] = field(default_factory=list)
-    optim_steps: list[OptimStep] = field(default_factory=list)
-    saves: list[SaveAdapter] = field(default_factory=list)
-    snapshots: list[Snapshot] = field(default_factory=list)
-
-    def microbatches(self, budget: int, deterministic: bool) -> Any:
-        loads = [Load(p.slot, p.backward, n) for p, n in zip(self.passes, self.lengths, strict=True)]
-        return pack(loads, budget, deterministic)
-
-
-Place = Callable[[int], object]
 logger = logging.getLogger(__name__)
-INTERNAL_ERROR = Failure("internal error in the control plane; the server's log has the details", "server")
+Place = Callable[[int], object]
 
 
 class _Refused(Exception):
@@ -163,7 +116,7 @@ class Assembler:
             creates=tuple(assembly.creates),
             loads=tuple(assembly.loads),
             passes=tuple(assembly.passes),
-            microbatches=assembly.microbatches(self._microbatch_tokens, self._deterministic),
+            microbatches=pack(assembly.pass_loads, self._microbatch_tokens, self._deterministic),
             optim_steps=tuple(assembly.optim_steps),
             saves=tuple(assembly.saves),
             snapshots=tuple(assembly.snapshots),

@@ -29,7 +29,16 @@ class BirthCommand:
     optimizer: bool = False
 
 
-RunCommand = Command | BirthCommand
+@dataclass(frozen=True, slots=True)
+class RestoreCommand:
+    """Bring the run back from the file ``path``, which holds it as it was after seq_id ``covered``. Only
+    recovery puts this into a log; what follows it was lost with the group and is done again."""
+
+    path: str
+    covered: int
+
+
+RunCommand = Command | BirthCommand | RestoreCommand
 RunEntry = Entry[RunCommand]
 
 
@@ -50,7 +59,7 @@ def next_stage(stage: Stage, command: RunCommand) -> Stage | None:
     match command:
         case RejectedCommand():
             return stage
-        case BirthCommand() | UnloadCommand():
+        case BirthCommand() | RestoreCommand() | UnloadCommand():
             # Alone: what follows must see whether there is an adapter at all.
             return Stage.CLOSED if stage is Stage.START else None
         case LoadCommand():

@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.admission import SampleQueue
-from twinkle_serve.control.assembly import INTERNAL_ERROR, Assembler, Assembly, Flight
+from twinkle_serve.control.assembly import Assembler
 from twinkle_serve.control.backend import LoadCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.commands import BirthCommand, RunEntry
+from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.planner import Planner, Window
 from twinkle_serve.control.residency import Residency

@@ -12,6 +12,7 @@ it to a state that its sender never had in mind.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -66,6 +67,11 @@ class CommandLog(Generic[C]):
         self._release(now)
         return None
 
+    @property
+    def next_number(self) -> int:
+        """What ``append`` will take for the seq_id of a request that has none."""
+        return self._highest + 1
+
     def prepend(self, request_id: str, command: C) -> None:
         """Make ``command`` the first of a log that is still empty; it has no seq_id of its own."""
         assert not self.ready
@@ -85,8 +91,10 @@ class CommandLog(Generic[C]):
     def expire(self, now: float) -> list[tuple[str, Failure]]:
         """Give up a gap that has been open for too long: who fails, in order of seq_id."""
         deadline = self.deadline
-        if deadline is None or now < deadline:
-            return []
+        return [] if deadline is None or now < deadline else self.give_up()
+
+    def give_up(self) -> list[tuple[str, Failure]]:
+        """Go on behind everything that is here, whatever is missing: who fails, in order of seq_id."""
         failed = [
             (entry.request_id, self._gap_failure(seq_id)) for seq_id, entry in sorted(self._parked.items())
         ]
@@ -98,6 +106,14 @@ class CommandLog(Generic[C]):
     def forget(self, seq_id: int) -> None:
         """Stop recognising duplicates of a request whose result nobody can ask for any more."""
         self._request_ids.pop(seq_id, None)
+
+    def remember(self, seq_id: int, request_id: str) -> None:
+        """Recognise duplicates of a request that an earlier life of this log has dealt with."""
+        self._request_ids[seq_id] = request_id
+
+    def rewind(self, entries: Sequence[Entry[C]]) -> None:
+        """These, which were taken from ``ready`` before, come once more, in front of all others."""
+        self.ready.extendleft(reversed(entries))
 
     def _release(self, now: float) -> None:
         moved = False

@@ -59,6 +59,26 @@ class PromiseTable:
         self.num_pending += 1
         return request_id
 
+    def reopen(self, request_id: str, tenant: str, origin: Hashable) -> None:
+        """A promise of an earlier life of this server, pending again under its old id."""
+        assert request_id not in self._promises
+        self._promises[request_id] = Promise(request_id, tenant, origin)
+        self.num_pending += 1
+
+    def settled(self, request_id: str) -> Poll | None:
+        """What it was settled with, whoever owns it; None if it is pending or forgotten."""
+        promise = self._promises.get(request_id)
+        return promise.poll if promise is not None and promise.poll.state == "done" else None
+
+    def is_pending(self, request_id: str) -> bool:
+        promise = self._promises.get(request_id)
+        return promise is not None and promise.poll.state == "pending"
+
+    def wake_all(self) -> None:
+        """Let everybody who waits look again now."""
+        for promise in self._promises.values():
+            self._wake(promise)
+
     def look(self, tenant: str, request_id: str) -> Poll:
         """What the owner sees now. Another tenant's promise is gone, as if it never was."""
         promise = self._promises.get(request_id)

@@ -55,6 +55,13 @@ class Residency:
         self._paged -= needed
         return Placement({r: self._slots[r] for r in run_ids}, tuple(page_out), tuple(page_in))
 
+    def slot_of(self, run_id: str) -> int | None:
+        return self._slots.get(run_id)
+
+    def knows(self, run_id: str) -> bool:
+        """Whether the group has the run, in a slot or paged out."""
+        return run_id in self._slots or run_id in self._paged
+
     def drop(self, run_id: str) -> DropRun | None:
         """Forget a run; what the group must do about it, or None if it has nothing of it. The slot is
         free for the tick that does it."""

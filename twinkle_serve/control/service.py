@@ -12,13 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.config import Config
-from twinkle_serve.control.assembly import Flight, check_loadable
+from twinkle_serve.control.assembly import check_loadable
 from twinkle_serve.control.backend import Command, Invalid, NotFound, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.checkpoints import key_of, path_of
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
+from twinkle_serve.control.flights import Flight
 from twinkle_serve.control.group import Group
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.runs import Run, run_id_for

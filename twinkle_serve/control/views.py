@@ -51,7 +51,7 @@ def run_view(record: RunRecord, checkpoints: Sequence[CheckpointRecord]) -> dict
         "model_owner": record.tenant,
         "is_lora": True,
         "lora_rank": record.spec.rank,
-        "corrupted": False,
+        "corrupted": record.corrupted,
         "last_request_time": timestamp(record.last_request_at),
         "user_metadata": text_values(record.user_metadata),
     }

@@ -1,0 +1,71 @@
+"""Requests on their way through the group, and the tick in which they leave.
+
+Knows what is to be done when an outcome comes. Does not know how commands become ticks (assembly.py) nor
+when ticks run (driver.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from twinkle_serve.control.microbatches import Load
+from twinkle_serve.protocol.work import (
+    CreateAdapter,
+    DropRun,
+    Failure,
+    LoadAdapter,
+    OptimStep,
+    Outcome,
+    Pass,
+    SaveAdapter,
+    Snapshot,
+)
+
+INTERNAL_ERROR = Failure("internal error in the control plane; the server's log has the details", "server")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _ignore(failure: Failure) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """One request on its way through the group.
+
+    on_value: takes note of success and turns the group's value into the client's. on_failure: takes note.
+    outlives_tick: its outcome may come with a later tick (saves and samples). sample: it is one, of
+    ``num_sequences``; if it gets lost the client may simply submit it again.
+    """
+
+    request_id: str
+    on_value: Callable[[Any], Any] = _same
+    on_failure: Callable[[Failure], None] = _ignore
+    outlives_tick: bool = False
+    num_sequences: int = 0
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A tick in the making. ``flights``: what the group will answer; ``verdicts``: what is decided
+    without it, to be told after what comes before in the run's order."""
+
+    flights: dict[str, Flight] = field(default_factory=dict)
+    verdicts: list[Outcome] = field(default_factory=list)
+    drops: list[DropRun] = field(default_factory=list)
+    creates: list[CreateAdapter] = field(default_factory=list)
+    loads: list[LoadAdapter] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
+    lengths: list[Sequence[int]] = field(default_factory=list)
+    optim_steps: list[OptimStep] = field(default_factory=list)
+    saves: list[SaveAdapter] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+    @property
+    def pass_loads(self) -> list[Load]:
+        return [Load(p.slot, p.backward, n) for p, n in zip(self.passes, self.lengths, strict=True)]
