@@ -116,6 +116,7 @@ class EchoGroup:
         for name in tick.drop_snapshots:
             assert not any(a.sample.adapter == AdapterRef(name) for a in self.active.values())
             del self.snapshots[name]
+        self._crash(tick, "decode")
         async for outcome in self._decode(tick):
             yield outcome
         yield TickReport(tick.tick_id, {}, len(self.active))

@@ -81,6 +81,20 @@ async def test_a_lost_group_loses_samples_which_clients_submit_again(tmp_path):
 
 
 @virtual
+async def test_a_group_that_dies_while_it_only_decodes_is_rebuilt_at_once(tmp_path):
+    group = EchoGroup()
+    async with control_plane(tmp_path, group) as plane:
+        client = await Client(plane).open()
+        sampler = await plane.create_sampler(TENANT, client.session, 0, "base", None)
+        sample = await client.sample(sampler, max_tokens=1000)
+        await asyncio.sleep(1)
+        group.crash_when = lambda tick, phase: group.rebuilds == 0 and phase == "decode"
+        assert (await client.poll(sample)).state == "gone"
+        await asyncio.sleep(10)
+        assert await plane.healthy()
+
+
+@virtual
 async def test_rebuilding_is_tried_until_it_works_and_commands_wait(tmp_path, caplog):
     group = EchoGroup()
     group.rebuild_failures = 3
@@ -107,6 +121,27 @@ async def test_a_bug_in_the_group_fails_its_tick_and_no_more(tmp_path, caplog):
         assert "boom" not in failure.message
         assert "boom" in caplog.text
         assert await client.do(run, 2, pass_command("b")) == ("create", "b")
+
+
+@virtual
+async def test_a_bug_after_some_answers_fails_only_the_others(tmp_path, caplog):
+    class Breaking(EchoGroup):
+        async def run(self, tick):
+            async for message in super().run(tick):
+                yield message
+                if len(tick.saves) == 2:
+                    raise RuntimeError("boom")
+
+    async with control_plane(tmp_path, Breaking()) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        saves = [await client.submit(run, n, SaveCommand("weights", f"n{n}")) for n in (2, 1)]
+        assert (await client.result(saves[1]))["path"].endswith("n1")
+        assert (await client.failure(saves[0])).category == "server"
+        assert "boom" in caplog.text
+        for seq_id, name in ((3, "n1"), (4, "n2")):
+            await client.do(run, seq_id, SaveCommand("weights", name, overwrite=True))
+            assert not plane._books.checkpoints.is_saving(f"tinker://{run}/weights/{name}")
 
 
 @virtual

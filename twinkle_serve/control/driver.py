@@ -159,11 +159,13 @@ class GroupDriver:
                 await self._run(tick)
         except Exception:
             logger.exception("a tick of %s failed", self.base_model)
+            if tick is None:
+                self._flights.update(assembly.flights)  # nothing of it was sent, so nothing is settled yet
             self._fail(window, assembly)
         finally:
             self.planner.finished(self.books.clock.now())
         self._settle_rest(assembly, tick)
-        if not window.work and not self._num_sequences:
+        if self.lost is None and not window.work and not self._num_sequences:
             await self._wait(self._next_look(window))
 
     def _assemble(self, window: Window, assembly: Assembly) -> Tick | None:
@@ -231,7 +233,6 @@ class GroupDriver:
 
     def _fail(self, window: Window, assembly: Assembly) -> None:
         """A bug, ours or the group's, met this tick: its requests fail, the others go on."""
-        self._flights.update(assembly.flights)
         for request_id in assembly.flights:
             self._settle(Outcome(request_id, failure=INTERNAL_ERROR))
         for work in window.work:
