@@ -173,6 +173,7 @@ FLOATS = types.TensorData(data=[1.0], dtype="float32")
             r"data\[1\].loss_fn_inputs.target_tokens\[1\] is 50, outside",
         ),
         ([targets(-100)], "cross_entropy", r"target_tokens\[0\] is -100"),
+        ([targets(1), targets(-1)], "cross_entropy", r"data\[1\].loss_fn_inputs.target_tokens\[0\] is -1"),
         (
             [sdk.datum([1, 2])],
             "cross_entropy",
