@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,9 @@ class StandinEngine:
 
     def probe(self) -> bool:
         return self.info.tokenizer_id != "broken"
+
+    def close(self) -> None:
+        Path(self.info.tokenizer_id).with_suffix(".closed").touch()
 
     def run(self, tick: Tick) -> Iterator[Outcome | TickReport]:
         for request_id in self._unsaved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +108,20 @@ async def test_a_model_that_does_not_load_gives_one_line(
     with pytest.raises(LoadError, match=rf"cannot load tiny from {path}: .*{reason}"):
         async with _started(standin, path=path):
             pass
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_stopping_closes_the_engine_unless_it_is_stuck(
+    standin: ModelConfig, tmp_path: Path, busy: bool
+) -> None:
+    async with _started(standin, path=str(tmp_path / "model"), ranks=2) as group:
+        (worker, _) = group._workers
+        if busy:
+            worker.run_tick.remote(Tick(1, passes=(_pass("hang"),)))
+        await group.stop()
+        assert (tmp_path / "model.closed").exists()  # by the other rank at least
+        with pytest.raises(ray.exceptions.RayActorError):
+            await worker.load.remote()
 
 
 async def test_only_the_first_rank_speaks(standin: ModelConfig) -> None:

@@ -92,8 +92,7 @@ class Coordinator:
         if plane is not None:
             await plane.close()
         self._catalog.close()
-        for group in self._groups.values():
-            group.kill()
+        await asyncio.gather(*(group.stop() for group in self._groups.values()))
 
     def _live(self) -> None:
         """Start on the first call: an async actor has no running loop while it is constructed."""

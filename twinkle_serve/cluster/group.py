@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ ENGINE = "twinkle_serve.engine.engine:Engine"
 # A CPU rank is not counted against the node's cores: the machine is shared with the ingress, and a bundle
 # must ask for something.
 _CPU_SHARE = 0.01
+_STOP_S = 3.0
 
 
 class LoadError(Exception):
@@ -84,6 +86,14 @@ class RayGroup:
         """Replace every rank by a new one; all slots are empty afterwards. Raises LoadError."""
         self.kill()
         return await self.start()
+
+    async def stop(self) -> None:
+        """End the ranks in order if they can, else as ``kill`` does."""
+        self._ready = False
+        with suppress(RayError, TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                await asyncio.gather(*(worker.close.remote() for worker in self._workers))
+        self.kill()
 
     def kill(self) -> None:
         """End every rank at once."""

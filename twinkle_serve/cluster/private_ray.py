@@ -42,6 +42,7 @@ def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
     _adopt_orphans()
     bystanders = descendants(os.getpid())
     scratch = Path(tempfile.mkdtemp(prefix="twinkle-", dir=_short_directory()))
+    os.environ["TMPDIR"] = str(scratch)
     try:
         import ray
 

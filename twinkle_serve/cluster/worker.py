@@ -32,6 +32,8 @@ class Engine(Protocol):
 
     def probe(self) -> bool: ...
 
+    def close(self) -> None: ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NextItem:
@@ -64,6 +66,11 @@ class RankWorker:
             raise RuntimeError("the model is loaded but cannot step")
         self._engine = engine
         return engine.info
+
+    def close(self) -> None:
+        """Remove what the engine keeps on disk. Waits for the tick that runs."""
+        if self._engine is not None:
+            self._engine.close()
 
     @ray.method(num_returns="streaming")
     def run_tick(self, tick: Tick) -> Iterator[Any]:
