@@ -1,11 +1,13 @@
 """The KV cache in fixed blocks: which rows hold a sequence's keys and values, and attention on them.
 
-Blocks are shared by reference count, so the samples of one prompt keep it once. Knows layers, blocks and
-lengths; does not know requests, adapters or how tokens are chosen (sampler.py).
+Blocks are shared by reference count, so the samples of one prompt keep it once. A full block can be kept
+under a digest after its last user is gone, until its place is needed. Knows layers, blocks and lengths; does
+not know requests, adapters or how tokens are chosen (sampler.py).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,10 +58,14 @@ class KVCache:
         self.device = device
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._users = [0] * self.num_blocks
+        self._kept: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # kept blocks without users, least recent first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that no sequence uses; some of them may still be kept."""
+        return len(self._free) + len(self._idle)
 
     @property
     def capacity(self) -> int:
@@ -69,12 +75,33 @@ class KVCache:
     def grow(self, rows: Rows, length: int) -> None:
         """Give ``rows`` blocks for ``length`` tokens. Raises OutOfBlocks and changes nothing."""
         missing = -(-length // BLOCK_TOKENS) - len(rows.blocks)
-        if missing > len(self._free):
+        if missing > self.num_free:
             raise OutOfBlocks
         for _ in range(missing):
-            block = self._free.pop()
+            block = self._take()
             self._users[block] = 1
             rows.blocks.append(block)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        block, _ = self._idle.popitem(last=False)
+        del self._kept[self._digest_of.pop(block)]
+        return block
+
+    def keep(self, block: int, digest: bytes) -> None:
+        """Let a full block be found again by ``digest``, which names all tokens up to its end."""
+        if digest not in self._kept and block not in self._digest_of:
+            self._kept[digest] = block
+            self._digest_of[block] = digest
+
+    def share(self, digest: bytes) -> int | None:
+        """One more user of the block kept under ``digest``, or None if there is none."""
+        block = self._kept.get(digest)
+        if block is not None:
+            self._idle.pop(block, None)
+            self._users[block] += 1
+        return block
 
     def fork(self, rows: Rows) -> Rows:
         """Another sequence that begins like ``rows``: full blocks are shared, the last one is copied.
@@ -95,9 +122,14 @@ class KVCache:
 
     def release(self, rows: Rows) -> None:
         """Give a sequence's blocks back; those that others share stay."""
-        for block in rows.blocks:
+        # From the end: a kept block is of no use once one before it is gone.
+        for block in reversed(rows.blocks):
             self._users[block] -= 1
-            if self._users[block] == 0:
+            if self._users[block] > 0:
+                continue
+            if block in self._digest_of:
+                self._idle[block] = None
+            else:
                 self._free.append(block)
         rows.blocks, rows.length = [], 0
 
@@ -116,6 +148,7 @@ class PrefillAttend:
         )
         self._fresh = PackedCausal(self._counts) if all(start == 0 for _, start, _ in chunks) else None
         self._read = [rows.indices(0, start + count).to(cache.device) for rows, start, count in chunks]
+        self._masks: dict[int | None, list[torch.Tensor]] = {}
 
     def __call__(
         self,
@@ -132,14 +165,23 @@ class PrefillAttend:
         if self._fresh is not None:
             return self._fresh(layer, query, key, value, scale, window)
         outputs = []
-        for read, q in zip(self._read, query.split(self._counts, 2), strict=True):
+        parts = zip(self._read, query.split(self._counts, 2), self._masks_of(window), strict=True)
+        for read, q, mask in parts:
             k, v = (cache.index_select(0, read).transpose(0, 1).unsqueeze(0) for cache in (keys, values))
-            mask = window_mask(q.shape[2], read.numel(), window, q.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
             outputs.append(out.transpose(1, 2))
         return torch.cat(outputs, 1)
+
+    def _masks_of(self, window: int | None) -> list[torch.Tensor]:
+        """Layers of one kind share their masks."""
+        if window not in self._masks:
+            self._masks[window] = [
+                window_mask(count, read.numel(), window, read.device)
+                for count, read in zip(self._counts, self._read, strict=True)
+            ]
+        return self._masks[window]
 
 
 class DecodeAttend:
@@ -149,7 +191,7 @@ class DecodeAttend:
         self._cache = cache
         self._lengths = [rows.length + 1 for rows in sequences]
         self._buckets = [
-            _Bucket.of(sequences, members, cache.device) for members in _bucket_by_length(self._lengths)
+            _Bucket(sequences, members, cache.device) for members in _bucket_by_length(self._lengths)
         ]
         self._write = torch.cat([rows.indices(rows.length, rows.length + 1) for rows in sequences]).to(
             cache.device
@@ -177,24 +219,25 @@ class DecodeAttend:
         return out.unsqueeze(0)
 
 
-@dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Sequences of similar length, padded to the longest. members: int64 [b]; read: int64 [b * longest]."""
+    """Sequences of similar length, padded to the longest.
 
-    members: torch.Tensor
-    read: torch.Tensor
-    lengths: torch.Tensor
-    longest: int
+    members: int64 [b], their places in the batch. A row is padded with its own first position, so that nobody
+    ever reads what another sequence has stored, masked or not.
+    """
 
-    @classmethod
-    def of(cls, sequences: Sequence[Rows], members: Sequence[int], device: torch.device) -> _Bucket:
-        lengths = torch.tensor([sequences[i].length + 1 for i in members])
-        longest = int(lengths.max())
-        read = torch.zeros(len(members), longest, dtype=torch.int64)
-        for row, i in enumerate(members):
-            length = sequences[i].length + 1
+    def __init__(self, sequences: Sequence[Rows], members: Sequence[int], device: torch.device) -> None:
+        lengths = [sequences[i].length + 1 for i in members]
+        self._longest = max(lengths)
+        read = torch.empty(len(members), self._longest, dtype=torch.int64)
+        for row, (i, length) in enumerate(zip(members, lengths, strict=True)):
             read[row, :length] = sequences[i].indices(0, length)
-        return cls(torch.tensor(members).to(device), read.view(-1).to(device), lengths.to(device), longest)
+            read[row, length:] = read[row, 0]
+        self.members = torch.tensor(members).to(device)
+        self._read = read.view(-1).to(device)
+        self._lengths = torch.tensor(lengths).to(device)
+        self._padded = min(lengths) < self._longest
+        self._masks: dict[int | None, torch.Tensor | None] = {}
 
     def attend(
         self,
@@ -207,20 +250,30 @@ class _Bucket:
         """query [b, Hq, D] -> [b, Hq, D]."""
         count = query.shape[0]
         k, v = (
-            cache.index_select(0, self.read).view(count, self.longest, *cache.shape[1:]).transpose(1, 2)
+            cache.index_select(0, self._read).view(count, self._longest, *cache.shape[1:]).transpose(1, 2)
             for cache in (keys, values)
         )
-        mask = None
-        if window is not None or count > 1:
-            position = torch.arange(self.longest, device=query.device)[None, :]
-            allowed = position < self.lengths[:, None]
-            if window is not None:
-                allowed &= position >= self.lengths[:, None] - window
-            mask = allowed[:, None, None, :]
         out = F.scaled_dot_product_attention(
-            query.unsqueeze(2), k, v, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != k.shape[1]
+            query.unsqueeze(2),
+            k,
+            v,
+            attn_mask=self._mask(window),
+            scale=scale,
+            enable_gqa=query.shape[1] != k.shape[1],
         )
         return out.squeeze(2)
+
+    def _mask(self, window: int | None) -> torch.Tensor | None:
+        """bool [b, 1, 1, longest], shared by the layers of one kind; None where everything is allowed."""
+        if window is not None and window >= self._longest:
+            window = None
+        if window not in self._masks:
+            position = torch.arange(self._longest, device=self._lengths.device)[None, :]
+            allowed = position < self._lengths[:, None]
+            if window is not None:
+                allowed &= position >= self._lengths[:, None] - window
+            self._masks[window] = allowed[:, None, None, :] if self._padded or window is not None else None
+        return self._masks[window]
 
 
 def _bucket_by_length(lengths: Sequence[int]) -> list[list[int]]:

@@ -24,6 +24,7 @@ from twinkle_serve.engine.draw import DrawParams, StopRule, draw_tokens
 from twinkle_serve.engine.kv_cache import DecodeAttend, KVCache, OutOfBlocks, PrefillAttend
 from twinkle_serve.engine.layout import Group
 from twinkle_serve.engine.packing import make_segments
+from twinkle_serve.engine.prefixes import remember, reuse
 from twinkle_serve.engine.prompt_scores import score_prompt
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
@@ -165,6 +166,8 @@ class Sampler:
         budget = self._config.prefill_chunk_tokens
         chunks: list[tuple[Sequence, int]] = []
         for sequence in self._prefilling:
+            if not sequence.rows.blocks:
+                self._reuse(sequence)
             count = min(budget, sequence.num_uncached)
             if count == 0:
                 break
@@ -177,6 +180,22 @@ class Sampler:
         if not chunks and self._prefilling and not self._decoding:
             self._give_up(self._prefilling[0])
         return chunks
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Begin with what is still cached of the same beginning. Off in deterministic mode: what is cached
+        depends on who came before."""
+        job = sequence.job
+        if self._base.config.deterministic:
+            return
+        fresh = sequence.num_generated == 0
+        limit = job.reusable_tokens if fresh else len(sequence.tokens) - 1
+        sequence.rows = reuse(self._cache, job.owner, sequence.tokens, limit)
+        if fresh:
+            job.num_cached_tokens = sequence.rows.length
+
+    def _release(self, sequence: Sequence) -> None:
+        remember(self._cache, sequence.job.owner, sequence.tokens, sequence.rows)
+        self._cache.release(sequence.rows)
 
     def _give_up(self, blocked: Sequence) -> None:
         """Nothing runs that could free blocks for ``blocked``: take them from younger half-filled prompts, or
@@ -207,6 +226,7 @@ class Sampler:
             end += count
             if sequence.num_uncached == 0:
                 self._prefilling.remove(sequence)
+                remember(self._cache, sequence.job.owner, sequence.tokens, sequence.rows)
                 ends.append((sequence, end - 1))
         if ends:
             rows = torch.tensor([row for _, row in ends], device=hidden.device)
@@ -259,7 +279,7 @@ class Sampler:
         if not self._decoding and not any(other.rows.blocks for other in self._prefilling):
             sequence.stop_reason = "length"  # it fills the whole cache alone
             return
-        self._cache.release(sequence.rows)
+        self._release(sequence)
         self._prefilling.appendleft(sequence)
 
     def _decode(self) -> None:
@@ -314,7 +334,7 @@ class Sampler:
             for sequence in job.sequences:
                 if sequence.stop_reason is not None:
                     # At once: a job's last sample may need the room of those that ended before it.
-                    self._cache.release(sequence.rows)
+                    self._release(sequence)
             if job.done:
                 del self._running[request_id]
                 yield _outcome(job)

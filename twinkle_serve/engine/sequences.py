@@ -117,6 +117,18 @@ class Job:
     seed: int
     scores: PromptScores | None
     sequences: list[Sequence] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    @property
+    def owner(self) -> str:
+        """Whose sequences may share cached prefixes: one tenant's, with one adapter."""
+        adapter = self.sample.adapter
+        return f"{self.sample.tenant}\0{'' if adapter is None else adapter.adapter}"
+
+    @property
+    def reusable_tokens(self) -> int:
+        """Prompt tokens whose hidden states are not needed: they are not scored, and not the last."""
+        return self.prompt_length - 1 if self.scores is None else self.scores.first - 1
 
     @property
     def request(self) -> SampleRequest:
@@ -140,4 +152,5 @@ class Job:
             topk_prompt=scores.topk if scores is not None else None,
             target_prompt_logprobs=scores.targets if scores is not None else None,
             prompt_alternatives=scores.alternatives if scores is not None else None,
+            prompt_cache_hit_tokens=self.num_cached_tokens,
         )
