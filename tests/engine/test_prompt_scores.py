@@ -1,0 +1,166 @@
+"""What is reported about a prompt, against Hugging Face's logits of the whole prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine import reference
+from tests.engine.conftest import EngineFactory
+from tests.engine.ticks import VOCAB_SIZE, create, make_sample, run, sample, snapshot, tensors, value
+from twinkle_serve.config import SamplerConfig
+from twinkle_serve.engine.engine import Engine
+from twinkle_serve.protocol.data import LoraSpec, SampleResult, TopK
+
+PROMPT = np.random.default_rng(3).integers(0, VOCAB_SIZE, 41).tolist()
+
+
+@pytest.fixture
+def chunked(engine_for: EngineFactory, tiny_moe: Path) -> Engine:
+    """Prompts take three steps, logits come in small chunks."""
+    return engine_for(tiny_moe, sampler=SamplerConfig(prefill_chunk_tokens=16), logits_chunk_tokens=7)
+
+
+@pytest.fixture
+def logprobs(tiny_moe: Path) -> np.ndarray:
+    """float32 [P, V] of the base model: row p is about the token after position p."""
+    with torch.no_grad():
+        logits = reference.load_model(tiny_moe)(torch.tensor([PROMPT])).logits[0]
+    return torch.log_softmax(logits, -1).numpy()
+
+
+def actual(logprobs: np.ndarray) -> np.ndarray:
+    """What prompt_logprobs should be."""
+    rows = [np.nan, *(logprobs[p - 1, PROMPT[p]] for p in range(1, len(PROMPT)))]
+    return np.array(rows, np.float32)
+
+
+def test_prompt_logprobs(chunked: Engine, logprobs: np.ndarray) -> None:
+    found = sample(chunked, PROMPT, max_tokens=1, prompt_logprobs=True)
+    np.testing.assert_allclose(found.prompt_logprobs, actual(logprobs), atol=1e-4)
+    assert (found.topk_prompt, found.target_prompt_logprobs, found.prompt_alternatives) == (None,) * 3
+
+
+def test_nothing_is_reported_unasked(chunked: Engine) -> None:
+    found = sample(chunked, PROMPT, max_tokens=1)
+    assert found.prompt_logprobs is None
+    assert sample(chunked, PROMPT, max_tokens=1, topk_prompt_logprobs=1).prompt_logprobs is None
+
+
+@pytest.mark.parametrize("adapter_flags", [{}, {"train_unembed": False}])
+def test_with_an_adapter(adapter_flags: dict[str, Any], chunked: Engine, tiny_moe: Path) -> None:
+    create(chunked, 0, LoraSpec(rank=6, seed=1, **adapter_flags), moved=True)
+    ref = snapshot(chunked, 0, f"scores{len(adapter_flags)}")
+    dense = reference.DenseAdapter(reference.load_model(tiny_moe), tensors(chunked, 0))
+    with torch.no_grad():
+        logprobs = torch.log_softmax(dense.logits(torch.tensor(PROMPT)), -1).numpy()
+    found = sample(chunked, PROMPT, ref, max_tokens=1, prompt_logprobs=True, topk_prompt_logprobs=3)
+    np.testing.assert_allclose(found.prompt_logprobs, actual(logprobs), atol=1e-4)
+    assert found.topk_prompt is not None
+    np.testing.assert_allclose(found.topk_prompt.logprobs[1:], np.sort(logprobs)[:-1, :-4:-1], atol=1e-4)
+
+
+def test_topk_prompt_logprobs(chunked: Engine, logprobs: np.ndarray) -> None:
+    found = sample(chunked, PROMPT, max_tokens=1, topk_prompt_logprobs=4).topk_prompt
+    assert found is not None
+    assert found.token_ids.shape == found.logprobs.shape == (len(PROMPT), 4)
+    assert found.token_ids[0].tolist() == [0] * 4
+    assert found.logprobs[0].tolist() == [-99999.0] * 4
+    np.testing.assert_array_equal(found.token_ids[1:], np.argsort(-logprobs[:-1])[:, :4])
+    np.testing.assert_allclose(found.logprobs[1:], -np.sort(-logprobs[:-1])[:, :4], atol=1e-4)
+
+
+def test_more_than_the_vocabulary_leaves_empty_cells(chunked: Engine) -> None:
+    found = sample(chunked, PROMPT[:3], max_tokens=1, topk_prompt_logprobs=VOCAB_SIZE + 2).topk_prompt
+    assert found is not None
+    assert found.logprobs[1:, VOCAB_SIZE:].tolist() == [[-99999.0] * 2] * 2
+    assert (found.logprobs[1:, :VOCAB_SIZE] > -100).all()
+
+
+def test_target_prompt_logprobs(chunked: Engine, logprobs: np.ndarray) -> None:
+    wanted = np.random.default_rng(4).integers(0, VOCAB_SIZE, (len(PROMPT) - 1, 3))
+    wanted[5, 1] = wanted[17] = -1
+    found = sample(chunked, PROMPT, max_tokens=1, target_prompt_tokens=wanted).target_prompt_logprobs
+    expected = np.take_along_axis(logprobs[:-1], np.maximum(wanted, 0), 1)
+    np.testing.assert_allclose(found, np.where(wanted < 0, 0.0, expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("last_n", [0, 1, 10, 30, 40, 41, 99])
+def test_only_the_last_n(last_n: int, chunked: Engine, logprobs: np.ndarray) -> None:
+    found = sample(
+        chunked, PROMPT, max_tokens=1, prompt_logprobs=True, prompt_logprobs_last_n=last_n
+    ).prompt_logprobs
+    expected = actual(logprobs)
+    expected[: max(1, len(PROMPT) - last_n)] = np.nan
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_alternatives_are_draws_at_the_temperature(chunked: Engine, logprobs: np.ndarray) -> None:
+    k = 60
+    found = sample(
+        chunked, PROMPT, max_tokens=1, prompt_alt_tokens_k=k, temperature=0.5, seed=3
+    ).prompt_alternatives
+    assert found is not None
+    assert found.token_ids.shape == (len(PROMPT) - 1, k)
+    sharp = 2 * logprobs[:-1]
+    sharp -= np.log(np.exp(sharp).sum(1, keepdims=True))
+    np.testing.assert_allclose(found.logprobs, np.take_along_axis(sharp, found.token_ids, 1), atol=2e-4)
+    # Draws, not the best ones, and different ones at each position: their mean surprise is the entropy.
+    entropy = -(np.exp(sharp) * sharp).sum()
+    assert -found.logprobs.sum() / k == pytest.approx(entropy, rel=0.1)
+    assert len({tuple(row) for row in found.token_ids}) == len(PROMPT) - 1
+
+
+def test_alternatives_are_seeded_and_apart_from_the_samples(chunked: Engine) -> None:
+    def draws(**fields: Any) -> TopK:
+        found = sample(chunked, PROMPT, max_tokens=1, prompt_alt_tokens_k=5, **fields).prompt_alternatives
+        assert found is not None
+        return found
+
+    assert draws(seed=1).token_ids.tolist() == draws(seed=1, num_samples=3).token_ids.tolist()
+    assert draws(seed=1).token_ids.tolist() != draws(seed=2).token_ids.tolist()
+
+
+def test_everything_at_once_beside_others(chunked: Engine, logprobs: np.ndarray) -> None:
+    wanted = np.tile(np.arange(2), (len(PROMPT) - 1, 1))
+    fields = {
+        "prompt_logprobs": True,
+        "topk_prompt_logprobs": 2,
+        "target_prompt_tokens": wanted,
+        "prompt_alt_tokens_k": 3,
+        "seed": 5,
+    }
+    names = [f"{i}" for i in range(3)]
+    samples = [make_sample(name, PROMPT, max_tokens=2, num_samples=2, **fields) for name in names]
+    samples.insert(1, make_sample("short", PROMPT[:2], max_tokens=9, prompt_logprobs=True))
+    found = run(chunked, samples=tuple(samples), decode_budget_s=60)
+    alone = sample(chunked, PROMPT, max_tokens=2, num_samples=2, **fields)
+    for name in names:
+        result: SampleResult = value(found[name])
+        np.testing.assert_allclose(result.prompt_logprobs, actual(logprobs), atol=1e-4)
+        np.testing.assert_allclose(result.target_prompt_logprobs, logprobs[:-1, :2], atol=1e-4)
+        for one, other in (
+            (result.topk_prompt, alone.topk_prompt),
+            (result.prompt_alternatives, alone.prompt_alternatives),
+        ):
+            assert one is not None
+            assert other is not None
+            np.testing.assert_array_equal(one.token_ids, other.token_ids)
+    np.testing.assert_allclose(
+        value(found["short"]).prompt_logprobs, [np.nan, actual(logprobs)[1]], atol=1e-4
+    )
+
+
+def test_a_prompt_of_one_token_has_no_scores(chunked: Engine) -> None:
+    found = sample(
+        chunked, [7], max_tokens=2, prompt_logprobs=True, topk_prompt_logprobs=2, prompt_alt_tokens_k=2
+    )
+    assert found.prompt_logprobs is not None
+    assert np.isnan(found.prompt_logprobs).tolist() == [True]
+    assert found.prompt_alternatives is not None
+    assert found.prompt_alternatives.token_ids.shape == (0, 2)
+    assert len(found.sequences[0].tokens) == 2

@@ -1,0 +1,259 @@
+"""Sampling when room is short, over several ticks, and when something goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.engine.conftest import EngineFactory
+from tests.engine.sampling import PROMPT, assert_logprobs, assert_nothing_left, dense, drain, trained
+from tests.engine.ticks import (
+    VOCAB_SIZE,
+    create,
+    forward_backward,
+    make_sample,
+    optim_step,
+    random_batch,
+    run,
+    sample,
+    snapshot,
+    value,
+)
+from twinkle_serve.config import SamplerConfig
+from twinkle_serve.engine.engine import Engine
+from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
+from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.protocol.work import AdapterRef, Outcome, Sample, Tick, TickReport
+
+
+@pytest.fixture(autouse=True)
+def _no_block_leaks(moe: Engine) -> Any:
+    yield
+    assert_nothing_left(moe)
+
+
+# The cache ------------------------------------------------------------------------------------------------
+
+TINY_CACHE = SamplerConfig(kv_cache_tokens=256, max_batch=16, prefill_chunk_tokens=16)
+
+
+def crowd(num_samples: int = 1) -> list[Sample]:
+    """More than the cache holds. top_k leaves few edges between tokens: a random number that falls within
+    the rounding of one, which happens once in some thousand draws among all words, may take either side."""
+    rng = np.random.default_rng(1)
+    return [
+        make_sample(
+            f"{i}",
+            rng.integers(0, VOCAB_SIZE, 5 + 6 * i).tolist(),
+            max_tokens=16 + 3 * i,
+            seed=i,
+            top_k=5,
+            num_samples=num_samples,
+            prompt_logprobs=True,
+        )
+        for i in range(9)
+    ]
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_preemption_changes_nothing(
+    num_samples: int, moe: Engine, engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    small = engine_for(tiny_moe, sampler=TINY_CACHE)
+    found, expected = drain(small, crowd(num_samples)), drain(moe, crowd(num_samples))
+    for name, result in expected.items():
+        for one, other in zip(found[name].sequences, result.sequences, strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist()
+            assert one.stop_reason == other.stop_reason
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        scores = found[name].prompt_logprobs
+        assert scores is not None
+        assert result.prompt_logprobs is not None
+        np.testing.assert_allclose(scores, result.prompt_logprobs, atol=1e-4)
+    assert_nothing_left(small)
+
+
+def test_many_samples_of_one_prompt_fit_where_they_end_one_after_another(
+    engine_for: EngineFactory, tiny_moe: Path, moe: Engine
+) -> None:
+    """The cache holds three such samples; those that ended must make room for those that go on."""
+    small = engine_for(tiny_moe, sampler=TINY_CACHE)
+    wanted = {"max_tokens": 70, "seed": 4, "num_samples": 8, "top_k": 5}
+    found, expected = sample(small, PROMPT, **wanted), sample(moe, PROMPT, **wanted)
+    assert [len(s.tokens) for s in found.sequences] == [70] * 8
+    assert [s.tokens.tolist() for s in found.sequences] == [s.tokens.tolist() for s in expected.sequences]
+    assert_nothing_left(small)
+
+
+def test_a_sample_that_fills_the_cache_alone_ends_there(engine_for: EngineFactory, tiny_moe: Path) -> None:
+    small = engine_for(tiny_moe, sampler=TINY_CACHE)
+    (sequence,) = sample(small, PROMPT, max_tokens=1000, seed=1).sequences
+    assert sequence.stop_reason == "length"
+    assert 256 <= len(PROMPT) + len(sequence.tokens) <= 257
+    (sequence,) = sample(small, [1] * 256, max_tokens=10, seed=1).sequences
+    assert (len(sequence.tokens), sequence.stop_reason) == (1, "length")
+    failure = run(small, samples=(make_sample("s", [1] * 257),), decode_budget_s=9)["s"].failure
+    assert failure is not None
+    assert "256" in failure.message
+    assert_nothing_left(small)
+
+
+def test_a_cache_of_a_broken_block_holds_what_its_whole_blocks_hold(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    odd = engine_for(tiny_moe, sampler=SamplerConfig(kv_cache_tokens=263))
+    assert len(sample(odd, [1] * 256, max_tokens=1).sequences[0].tokens) == 1
+    outcome = run(odd, samples=(make_sample("s", [1] * 259, max_tokens=1),), decode_budget_s=9)["s"]
+    assert outcome.failure is not None
+    assert outcome.failure.category == "user"
+
+
+def test_samples_of_one_prompt_share_it(moe: Engine) -> None:
+    prompt = list(range(8 * BLOCK_TOKENS + 1))
+    request = make_sample("s", prompt, max_tokens=4, num_samples=6, seed=1)
+    first = list(moe.run(Tick(1, samples=(request,), decode_budget_s=1e-9)))
+    report = first[-1]
+    assert isinstance(report, TickReport)
+    used = moe.base.config.sampler.kv_cache_tokens // BLOCK_TOKENS - report.gauges["kv_blocks_free"]
+    assert used == 8 + 6
+    rest = run(moe, decode_budget_s=60)
+    assert len(value(rest["s"]).sequences) == 6
+
+
+def test_a_tick_goes_on_where_the_last_one_stopped(moe: Engine) -> None:
+    expected = sample(moe, PROMPT, max_tokens=10, seed=1).sequences[0].tokens.tolist()
+    request = make_sample("s", PROMPT, max_tokens=10, seed=1)
+    outcomes: list[Outcome] = []
+    ticks = 0
+    while not outcomes:
+        ticks += 1
+        samples = (request,) if ticks == 1 else ()
+        *outcomes, report = list(moe.run(Tick(ticks, samples=samples, decode_budget_s=1e-9)))  # type: ignore[assignment]
+        assert isinstance(report, TickReport)
+        assert report.active_samples == (0 if outcomes else 1)
+    assert ticks == 9  # the first step prefills and decodes
+    assert value(outcomes[0]).sequences[0].tokens.tolist() == expected
+
+
+def test_without_a_budget_samples_are_only_admitted(moe: Engine) -> None:
+    *outcomes, report = list(moe.run(Tick(1, samples=(make_sample("s", PROMPT, max_tokens=1),))))
+    assert outcomes == []
+    assert isinstance(report, TickReport)
+    assert report.active_samples == 1
+    assert list(run(moe, decode_budget_s=1.0)) == ["s"]
+
+
+def test_cancelled_samples_answer_nothing_and_leave_nothing(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    small = engine_for(tiny_moe, sampler=TINY_CACHE)
+    samples = crowd(2)
+    run(small, samples=tuple(samples), decode_budget_s=1e-9)
+    run(small, decode_budget_s=1e-9)
+    kept = "3"
+    cancels = tuple(s.request_id for s in samples if s.request_id != kept)
+    found = run(small, cancels=(*cancels, "unknown"), decode_budget_s=60)
+    assert list(found) == [kept]
+    assert_nothing_left(small)
+
+
+def test_a_step_that_fails_fails_what_was_running_and_leaks_nothing(
+    moe: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(moe.base.model.base_model, "forward", broken)
+    found = run(
+        moe, samples=(make_sample("a", PROMPT), make_sample("b", PROMPT, num_samples=3)), decode_budget_s=9
+    )
+    for name in ("a", "b"):
+        failure = found[name].failure
+        assert failure is not None
+        assert failure.category == "server"
+        assert "planted" not in failure.message
+    monkeypatch.undo()
+    assert_nothing_left(moe)
+    assert len(sample(moe, PROMPT, max_tokens=3).sequences[0].tokens) == 3
+
+
+# Adapters -------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_not_changed_by_later_training(moe: Engine) -> None:
+    ref = trained(moe, 0, LoraSpec(rank=8, seed=6), "frozen")
+    before = sample(moe, PROMPT, ref, max_tokens=10, seed=1).sequences[0]
+    forward_backward(moe, 0, random_batch(np.random.default_rng(0), [9]))
+    optim_step(moe, 0)
+    after = sample(moe, PROMPT, ref, max_tokens=10, seed=1).sequences[0]
+    np.testing.assert_array_equal(after.logprobs, before.logprobs)
+    moe.pool.free(0)
+    gone = sample(moe, PROMPT, ref, max_tokens=10, seed=1).sequences[0]
+    np.testing.assert_array_equal(gone.logprobs, before.logprobs)
+
+
+def test_eviction_from_the_adapter_cache_is_not_seen(engine_for: EngineFactory, tiny_moe: Path) -> None:
+    """Two places, five snapshots, all of them in use at once."""
+    engine = engine_for(tiny_moe, sampler=SamplerConfig(adapter_slots=2))
+    refs = [trained(engine, slot, LoraSpec(rank=2 + slot, seed=slot), f"many{slot}") for slot in range(5)]
+    samples = [make_sample(f"{i}", PROMPT, ref, max_tokens=8, seed=1) for i, ref in enumerate(refs)]
+    together = drain(engine, samples)
+    for i, ref in enumerate(refs):
+        assert_logprobs(dense(engine, i, tiny_moe).logits, PROMPT, together[f"{i}"].sequences[0])
+        alone = sample(engine, PROMPT, ref, max_tokens=8, seed=1).sequences[0]
+        assert alone.tokens.tolist() == together[f"{i}"].sequences[0].tokens.tolist()
+
+
+def test_a_dropped_snapshot_is_gone_but_running_samples_finish(moe: Engine) -> None:
+    ref = trained(moe, 0, LoraSpec(rank=4, seed=8), "dropped")
+    expected = sample(moe, PROMPT, ref, max_tokens=12, seed=1).sequences[0].tokens.tolist()
+    run(moe, samples=(make_sample("s", PROMPT, ref, max_tokens=12, seed=1),), decode_budget_s=1e-9)
+    found = run(moe, drop_snapshots=("dropped",), decode_budget_s=60)
+    assert value(found["s"]).sequences[0].tokens.tolist() == expected
+    refused = run(moe, samples=(make_sample("late", PROMPT, ref),), decode_budget_s=60)["late"]
+    assert refused.failure is not None
+    assert "gone" in refused.failure.message
+
+
+def test_a_missing_checkpoint_is_refused_without_its_path(moe: Engine, tmp_path: Path) -> None:
+    ref = AdapterRef("somewhere", str(tmp_path / "secret-place"))
+    failure = run(moe, samples=(make_sample("s", PROMPT, ref),), decode_budget_s=9)["s"].failure
+    assert failure is not None
+    assert "secret-place" not in failure.message
+
+
+def test_diverged_weights_fail_and_disturb_nobody(moe: Engine) -> None:
+    create(moe, 0, LoraSpec(rank=4, seed=1), moved=True)
+    moe.pool.blocks(0)[0].mul_(1e30)
+    bad = snapshot(moe, 0, "diverged")
+    alone = sample(moe, PROMPT, max_tokens=10, seed=1).sequences[0]
+    found = run(
+        moe,
+        samples=(
+            make_sample("bad", PROMPT, bad, max_tokens=10, num_samples=2, topk_sample_logprobs=3),
+            make_sample("cut", PROMPT, bad, max_tokens=10, top_k=5, top_p=0.5, temperature=0.7),
+            make_sample("greedy", PROMPT, bad, max_tokens=10, temperature=0.0),
+            make_sample("good", PROMPT, max_tokens=10, seed=1),
+        ),
+        decode_budget_s=60,
+    )
+    for name in ("bad", "cut", "greedy"):
+        failure = found[name].failure
+        assert failure is not None
+        assert failure.category == "user"
+        assert "diverged" in failure.message
+        assert found[name].value is None
+    assert value(found["good"]).sequences[0].tokens.tolist() == alone.tokens.tolist()
+
+
+def test_sampling_works_with_activation_checkpointing(
+    engine_for: EngineFactory, tiny_moe: Path, moe: Engine
+) -> None:
+    frugal = engine_for(tiny_moe, activation_checkpointing=True)
+    expected = sample(moe, PROMPT, max_tokens=10, seed=1).sequences[0]
+    assert (
+        sample(frugal, PROMPT, max_tokens=10, seed=1).sequences[0].tokens.tolist() == expected.tokens.tolist()
+    )
