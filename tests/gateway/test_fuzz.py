@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -110,11 +111,20 @@ BODIES = st.recursive(
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def send(config: Config, method: str, path: str, content: bytes, headers: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def app() -> FastAPI:
+    """One application for all examples; each gets a backend of its own."""
+    config = Config.model_validate(
+        {"models": [{"name": "Qwen/Tiny", "path": "/models/tiny"}], "http": {"poll_hold_s": 0.001}}
+    )
+    return create_app(ScriptedBackend, config)
+
+
+def send(app: FastAPI, method: str, path: str, content: bytes, headers: dict[str, str]) -> None:
     async def go() -> None:
-        backend = ScriptedBackend()
-        transport = httpx.ASGITransport(app=create_app(lambda: backend, config))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server/api/v1") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app), base_url="http://server/api/v1"
+        ) as client:
             everywhere = {"X-API-Key": "tml-x", **headers}
             answer = await asyncio.wait_for(
                 client.request(method, f"/{path}", content=content, headers=everywhere), 10
@@ -129,22 +139,22 @@ def send(config: Config, method: str, path: str, content: bytes, headers: dict[s
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 @QUIET
 @given(body=st.dictionaries(KEYS, BODIES, max_size=8))
-def test_any_json(config: Config, method: str, path: str, body: dict[str, Any]) -> None:
-    send(config, method, path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def test_any_json(app: FastAPI, method: str, path: str, body: dict[str, Any]) -> None:
+    send(app, method, path, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 @settings(QUIET, max_examples=10)
 @given(body=st.binary(max_size=200))
-def test_any_bytes(config: Config, method: str, path: str, body: bytes) -> None:
+def test_any_bytes(app: FastAPI, method: str, path: str, body: bytes) -> None:
     for headers in ({}, sdk.PROTO, {"Content-Encoding": "zstd"}):
-        send(config, method, path, body, headers)
+        send(app, method, path, body, headers)
 
 
 @QUIET
 @given(data=st.data())
-def test_damaged_protobuf(config: Config, data: st.DataObject) -> None:
+def test_damaged_protobuf(app: FastAPI, data: st.DataObject) -> None:
     body = bytearray(sdk.forward_proto([sdk.cross_entropy()] * 2))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
-    send(config, "POST", "forward_backward", bytes(body), sdk.PROTO)
+    send(app, "POST", "forward_backward", bytes(body), sdk.PROTO)
