@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinker import types
 
+from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.sample import SampleLimits, decode_sample
 
@@ -65,9 +67,10 @@ def test_explicit_nulls_are_defaults() -> None:
     assert decode_sample(body(sampling_params=None), LIMITS).params == plain.params
 
 
-@given(st.integers())
+@given(st.integers() | st.integers(-(2**200), 2**200))
 def test_any_seed_fits(seed: int) -> None:
-    found = decode_sample(body(sampling_params={"seed": seed}), LIMITS).params.seed
+    sent = json.dumps(body(sampling_params={"seed": seed})).encode()
+    found = decode_sample(parse_object(sent), LIMITS).params.seed
     assert found is not None
     assert 0 <= found < 2**63
 
@@ -96,6 +99,8 @@ def test_any_seed_fits(seed: int) -> None:
         ({"sampling_params": {"top_p": 0}}, "top_p is 0"),
         ({"sampling_params": {"top_p": 1.1}}, "top_p is 1.1"),
         ({"sampling_params": {"top_k": "x"}}, "sampling_params.top_k"),
+        ({"sampling_params": {"seed": 1.5}}, "sampling_params.seed"),
+        ({"sampling_params": {"seed": "x"}}, "sampling_params.seed"),
         ({"sampling_params": {"stop": 5}}, "sampling_params.stop must be"),
         ({"sampling_params": {"stop": {"a": 1}}}, "sampling_params.stop must be"),
         ({"sampling_params": {"stop": ["a", 1]}}, "strings only, or token ids only"),

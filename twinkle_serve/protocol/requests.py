@@ -11,7 +11,15 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from twinkle_serve.protocol.data import AdamParams, LoraSpec
 from twinkle_serve.protocol.errors import UserError
@@ -22,6 +30,17 @@ MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
 Metadata = dict[str, Any]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
 Model = TypeVar("Model", bound="Lenient")
+
+
+def fold_seed(seed: Any) -> Any:
+    """Any whole number as one of 0..2^63-1, small ones unchanged; other values as they are. JSON beyond 64
+    bits comes as a float."""
+    if isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)
+    return seed % 2**63 if type(seed) is int else seed
+
+
+Seed = Annotated[int, BeforeValidator(fold_seed)]
 
 
 class Lenient(BaseModel):
@@ -56,7 +75,7 @@ class FinishSession(Lenient):
 
 class LoraConfig(Lenient):
     rank: int
-    seed: int = 0
+    seed: Seed = 0
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -67,7 +86,7 @@ class LoraConfig(Lenient):
             raise UserError(f"lora_config.rank is {self.rank}; 1 to {max_rank} are possible")
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise UserError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
-        return LoraSpec(self.rank, fold_seed(self.seed), self.train_attn, self.train_mlp, self.train_unembed)
+        return LoraSpec(self.rank, self.seed, self.train_attn, self.train_mlp, self.train_unembed)
 
 
 class CreateModel(Lenient):
@@ -187,11 +206,6 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     kind = config.get("type", "adamw")
     if kind != "adamw":
         raise UserError(f"optimizer_config.type {kind!r:.40} is not served; adamw is")
-
-
-def fold_seed(seed: int) -> int:
-    """Any Python integer as one of 0..2^63-1, small ones unchanged."""
-    return seed % 2**63
 
 
 def as_strings(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from twinkle_serve.protocol.batch import check_token_range
 from twinkle_serve.protocol.data import SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.requests import Lenient, Metadata, fold_seed, read
+from twinkle_serve.protocol.requests import Lenient, Metadata, Seed, read
 from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
 
 MAX_STOPS = 64
@@ -49,7 +49,7 @@ class _Sample(Lenient):
 
 class _Params(Lenient):
     max_tokens: int | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
@@ -111,7 +111,7 @@ def _params(values: Mapping[str, Any], limits: SampleLimits) -> SamplingParams:
         temperature=params.temperature,
         top_k=max(-1, min(params.top_k, limits.vocab_size)),
         top_p=params.top_p,
-        seed=None if params.seed is None else fold_seed(params.seed),
+        seed=params.seed,
         stop_token_ids=stop_ids,
         stop_strings=stop_strings,
     )
