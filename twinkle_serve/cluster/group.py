@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from twinkle_serve.cluster.worker import NextItem, RankWorker
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.group import GroupLost
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Tick, TickReport
+from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
 
 _log = logging.getLogger(__name__)
 ENGINE = "twinkle_serve.engine.engine:Engine"
@@ -105,12 +105,12 @@ class RayGroup:
             remove_placement_group(self._placement)
             self._placement = None
 
-    async def run(self, tick: Tick) -> AsyncIterator[Outcome | TickReport]:
+    async def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
         """See control.group.Group. An outcome's value is an ObjectRef where it is large."""
         if not self._ready:
             raise GroupLost(f"{self._config.name} is not loaded")
         deadline = asyncio.get_running_loop().time() + self._config.tick_deadline_s
-        items: asyncio.Queue[Outcome | TickReport | GroupLost | None] = asyncio.Queue()
+        items: asyncio.Queue[Outcome | Progress | TickReport | GroupLost | None] = asyncio.Queue()
         followers = [
             asyncio.create_task(self._follow(rank, worker, tick, items))
             for rank, worker in enumerate(self._workers)

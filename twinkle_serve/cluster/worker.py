@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import ray
 
 from twinkle_serve.config import ModelConfig
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Tick, TickReport
+from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
 
 # Below this an outcome travels inside the coordinator's answer to a poll; above it the value stays in the
 # object store and the ingress replica maps it from there.
@@ -28,7 +28,7 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def run(self, tick: Tick) -> Iterator[Outcome | TickReport]: ...
+    def run(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]: ...
 
     def probe(self) -> bool: ...
 

@@ -21,7 +21,7 @@ from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.planner import Planner, Window
 from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
-from twinkle_serve.protocol.work import Failure, Outcome, Sample, Tick, TickReport
+from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample, Tick, TickReport
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ class GroupDriver:
             async for message in self.group.run(tick):
                 if isinstance(message, Outcome):
                     self._settle(message)
+                elif isinstance(message, Progress):
+                    self.books.promises.advance(message.request_id, message.deltas)
                 else:
                     self._read(message)
         except GroupLost as lost:

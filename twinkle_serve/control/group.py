@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Tick, TickReport
+from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
 
 
 class Group(Protocol):
@@ -17,8 +17,8 @@ class Group(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def run(self, tick: Tick) -> AsyncIterator[Outcome | TickReport]:
-        """Outcomes as they are ready, in any order, then one TickReport. Outcomes of saves may come in a
+    def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
+        """Outcomes and progress as they are ready, in any order, then one TickReport. Outcomes of saves may come in a
         later tick's stream, and those of samples whenever they finish. ``Outcome.value`` may be a handle
         that the gateway resolves (a Ray ObjectRef). Raises GroupLost when the ranks are gone."""
         ...

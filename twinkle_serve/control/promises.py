@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Promise:
     tenant: str
     origin: Hashable
     poll: Poll = _PENDING
+    progress: list[Any] = field(default_factory=list)
     waiters: dict[int, Waiter] = field(default_factory=dict)
 
 
@@ -106,8 +107,20 @@ class PromiseTable:
             self.num_pending -= 1
             self._wake(promise)
 
+    def advance(self, request_id: str, news: Iterable[Any]) -> None:
+        """Parts of what a pending promise will hold, for those who do not want to wait for the whole."""
+        promise = self._promises.get(request_id)
+        if promise is not None and promise.poll.state == "pending":
+            promise.progress.extend(news)
+            self._wake(promise)
+
+    def progress(self, tenant: str, request_id: str, after: int) -> tuple[Any, ...]:
+        """What ``advance`` gave besides the first ``after`` parts; nothing once the promise is settled."""
+        promise = self._promises.get(request_id)
+        return tuple(promise.progress[after:]) if promise is not None and promise.tenant == tenant else ()
+
     def subscribe(self, request_id: str, waiter: Waiter) -> Callable[[], None]:
-        """Call ``waiter`` once when the pending promise settles. Returns how to take that back."""
+        """Call ``waiter`` once when the pending promise settles or advances. Returns how to take that back."""
         promise = self._promises[request_id]
         assert promise.poll.state == "pending"
         self._num_waiters += 1
@@ -129,6 +142,7 @@ class PromiseTable:
         if promise is None or promise.poll.state != "pending":
             return
         promise.poll = poll
+        promise.progress = []
         self.num_pending -= 1
         self._settled.append((now, request_id))
         self._wake(promise)

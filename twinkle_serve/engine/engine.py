@@ -40,6 +40,7 @@ from twinkle_serve.protocol.work import (
     PageIn,
     PageOut,
     PersistRun,
+    Progress,
     RestoreRun,
     SaveAdapter,
     Snapshot,
@@ -97,7 +98,7 @@ class Engine:
         if self._owned_scratch is not None:
             shutil.rmtree(self._owned_scratch, ignore_errors=True)
 
-    def run(self, tick: Tick) -> Iterator[Outcome | TickReport]:
+    def run(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]:
         """Walk the tick; an outcome is yielded as soon as it is known, the report last."""
         clock = _PhaseClock()
         moves: tuple[PageOut | DropRun | PageIn, ...] = (*tick.page_out, *tick.drops, *tick.page_in)

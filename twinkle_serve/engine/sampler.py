@@ -30,10 +30,13 @@ from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
 from twinkle_serve.engine.slots import Segment
 from twinkle_serve.engine.text import TokenText
-from twinkle_serve.protocol.work import Failure, Outcome, Sample
+from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample
 from twinkle_serve.storage.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+# A reader sees no gaps at this pace, and each message costs the coordinator about a millisecond.
+_TELL_EVERY_S = 0.05
 
 
 class Sampler:
@@ -71,7 +74,7 @@ class Sampler:
 
     def run(
         self, cancels: SequenceOf[str], samples: SequenceOf[Sample], budget_s: float
-    ) -> Iterator[Outcome]:
+    ) -> Iterator[Outcome | Progress]:
         """Drop ``cancels``, admit ``samples``, then step until ``budget_s`` has passed or nothing is left."""
         for request_id in cancels:
             self._cancel(request_id)
@@ -88,6 +91,7 @@ class Sampler:
             except Exception:
                 logger.exception("a sampling step failed")
                 yield from self._abort()
+            yield from self._progress()
             if time.perf_counter() >= deadline:
                 return
 
@@ -144,6 +148,14 @@ class Sampler:
             if self._decoding and self._make_room():
                 self._decode()
             yield from self._finished()
+
+    def _progress(self) -> Iterator[Progress]:
+        """What there is to tell of streamed requests that are still running."""
+        now = time.perf_counter()
+        for request_id, job in self._running.items():
+            if job.sample.stream and now - job.told_at >= _TELL_EVERY_S and (news := job.news()):
+                job.told_at = now
+                yield Progress(request_id, news)
 
     def _admit(self) -> None:
         num_sequences = sum(job.request.num_samples for job in self._running.values())

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from twinkle_serve.engine.draw import StopRule
 from twinkle_serve.engine.kv_cache import Rows
 from twinkle_serve.engine.slots import Adapter
-from twinkle_serve.protocol.data import SampledSequence, SampleRequest, SampleResult, TopK
+from twinkle_serve.protocol.data import SampledSequence, SampleDelta, SampleRequest, SampleResult, TopK
 from twinkle_serve.protocol.work import Sample
 
 EMPTY_TOPK = (0, -99999.0)
@@ -78,6 +78,7 @@ class Sequence:
     topk_ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
     topk_logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
     stop_reason: str | None = None
+    num_told: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -98,13 +99,21 @@ class Sequence:
 
     def result(self) -> SampledSequence:
         assert self.stop_reason is not None
-        topk = TopK(np.stack(self.topk_ids), np.stack(self.topk_logprobs)) if self.topk_ids else None
-        return SampledSequence(
-            np.asarray(self.tokens[self.job.prompt_length :], np.int32),
-            np.asarray(self.logprobs, np.float32),
-            self.stop_reason,
-            topk,
-        )
+        return SampledSequence(*self._drawn(0), stop_reason=self.stop_reason, topk=self._topk(0))
+
+    def news(self) -> SampleDelta:
+        """What was drawn since this was last asked."""
+        start, self.num_told = self.num_told, self.num_generated
+        return SampleDelta(self.index, *self._drawn(start), self._topk(start))
+
+    def _drawn(self, start: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        tokens = self.tokens[self.job.prompt_length + start :]
+        return np.asarray(tokens, np.int32), np.asarray(self.logprobs[start:], np.float32)
+
+    def _topk(self, start: int) -> TopK | None:
+        if not self.topk_ids:
+            return None
+        return TopK(np.stack(self.topk_ids[start:]), np.stack(self.topk_logprobs[start:]))
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +127,7 @@ class Job:
     scores: PromptScores | None
     sequences: list[Sequence] = field(default_factory=list)
     num_cached_tokens: int = 0
+    told_at: float = 0.0
 
     @property
     def owner(self) -> str:
@@ -143,6 +153,10 @@ class Job:
         return len(self.sequences) == self.request.num_samples and all(
             sequence.stop_reason is not None for sequence in self.sequences
         )
+
+    def news(self) -> tuple[SampleDelta, ...]:
+        """What its sequences have drawn since this was last asked."""
+        return tuple(s.news() for s in self.sequences if s.num_generated > s.num_told)
 
     def result(self) -> SampleResult:
         scores, wants_logprobs = self.scores, self.request.prompt_logprobs

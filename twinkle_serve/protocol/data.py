@@ -189,6 +189,16 @@ class SampledSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleDelta:
+    """What sequence ``index`` of a sample has grown by; the other fields are those of SampledSequence."""
+
+    index: int
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    topk: TopK | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SampleResult:
     """prompt_logprobs float32 [P], NaN at 0 and wherever not scored; the rest as asked for."""
 

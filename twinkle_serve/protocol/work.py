@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from twinkle_serve.protocol.data import AdamParams, LoraSpec, SampleRequest
+from twinkle_serve.protocol.data import AdamParams, LoraSpec, SampleDelta, SampleRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +148,14 @@ class AdapterRef:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Admit one sampling request; ``adapter`` None is the base model alone. ``tenant`` bounds the
-    sharing of prompt prefixes. Answers SampleResult, in this tick or a later one."""
+    sharing of prompt prefixes. Answers SampleResult, in this tick or a later one; ``stream`` asks for
+    Progress before it."""
 
     request_id: str
     tenant: str
     adapter: AdapterRef | None
     request: SampleRequest
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,14 @@ class Outcome:
     request_id: str
     value: Any = None
     failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a streamed sample has drawn since its last Progress. Its Outcome still holds all of it."""
+
+    request_id: str
+    deltas: tuple[SampleDelta, ...]
 
 
 @dataclass(frozen=True, slots=True)
