@@ -46,6 +46,23 @@ class StorageConfig(Strict):
     catalog_url: str | None = Field(
         None, description="SQLAlchemy URL of the catalogue; null: SQLite below root"
     )
+    journal_url: str | None = Field(
+        None, description="SQLAlchemy URL of the journal of accepted training requests; null: SQLite below root"
+    )
+    journal_sync: Literal["FULL", "NORMAL"] = Field(
+        "FULL",
+        description="SQLite only. FULL: an accepted request survives a power cut; NORMAL: any death of a "
+        "process, but maybe not the last moments before a power cut",
+    )
+    journal_max_bytes: int = Field(
+        16 * 2**30, ge=2**20, description="journal size at which training requests must wait, bytes"
+    )
+    snapshot_every_steps: int = Field(
+        50, ge=1, description="a run is written to disk after so many optimizer steps, in the background"
+    )
+    snapshot_every_s: float = Field(
+        60.0, gt=0, description="and when something in it is not on disk for so long, seconds"
+    )
 
 
 class SamplerConfig(Strict):

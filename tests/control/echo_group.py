@@ -20,6 +20,7 @@ from twinkle_serve.protocol.work import (
     ModelInfo,
     Outcome,
     Pass,
+    RestoreRun,
     Sample,
     Tick,
     TickReport,
@@ -63,6 +64,8 @@ class EchoGroup:
         self.ticks: list[Tick] = []
         self.late_saves: list[Outcome] = []
         self.delay_saves = False
+        self.files: dict[str, History] = {}
+        self.writing: list[tuple[str | None, str, History]] = []
         self.on_disk = False
         self.num_crashes_left = 0
         self.crash_when = lambda tick, phase: False
@@ -83,6 +86,8 @@ class EchoGroup:
             raise error
         await asyncio.sleep(0.0005)
         self._move(tick)
+        for restore in tick.restores:
+            yield self._restore(restore)
         for create in tick.creates:
             assert self.slots[create.slot] is None, "a slot was not empty"
             self.slots[create.slot] = Slot(create.run_id, ["create"])
@@ -113,9 +118,13 @@ class EchoGroup:
             assert snapshot.adapter not in self.snapshots
             self.snapshots[snapshot.adapter] = tuple(self._slot(snapshot.slot).history)
             yield Outcome(snapshot.request_id)
+            if snapshot.path is not None:
+                self.writing.append((None, snapshot.path, self.snapshots[snapshot.adapter]))
+        for outcome in self._write(tick):
+            yield outcome
         for name in tick.drop_snapshots:
             assert not any(a.sample.adapter == AdapterRef(name) for a in self.active.values())
-            del self.snapshots[name]
+            self.snapshots.pop(name, None)
         self._crash(tick, "decode")
         async for outcome in self._decode(tick):
             yield outcome
@@ -162,6 +171,27 @@ class EchoGroup:
         self.slots[load.slot] = Slot(load.run_id, [*history, "load"])
         return Outcome(load.request_id)
 
+    def _restore(self, restore: RestoreRun) -> Outcome:
+        assert self.slots[restore.slot] is None, "a slot was not empty"
+        if restore.path not in self.files:
+            return Outcome(restore.request_id, failure=Failure("the file is damaged"))
+        self.slots[restore.slot] = Slot(restore.run_id, list(self.files[restore.path]))
+        return Outcome(restore.request_id)
+
+    def _write(self, tick: Tick) -> list[Outcome]:
+        """What the last tick began to write is whole now."""
+        outcomes = []
+        for request_id, path, history in self.writing:
+            self.files[path] = history
+            if request_id is not None:
+                outcomes.append(Outcome(request_id, len(history)))
+        self.writing = []
+        for persist in tick.persists:
+            slot = self.paged[persist.run_id] if persist.slot is None else self._slot(persist.slot)
+            assert slot.run_id == persist.run_id
+            self.writing.append((persist.request_id, persist.path, tuple(slot.history)))
+        return outcomes
+
     async def _passes(self, tick: Tick) -> AsyncIterator[Outcome]:
         parts = [json.loads(p.datums) for p in tick.passes]
         seen = Counter(
@@ -202,7 +232,7 @@ class EchoGroup:
         if adapter is None:
             return ()
         if adapter.directory is not None:
-            return self.stored[adapter.directory]
+            return (self.stored | self.files)[adapter.directory]
         return self.snapshots[adapter.adapter]
 
     def _crash(self, tick: Tick, phase: str) -> None:
@@ -213,4 +243,5 @@ class EchoGroup:
             self.snapshots.clear()
             self.active.clear()
             self.late_saves.clear()
+            self.writing.clear()
             raise GroupLost(f"killed in {phase}")

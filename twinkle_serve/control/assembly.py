@@ -22,8 +22,9 @@ from twinkle_serve.control.backend import (
 )
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.checkpoints import check_ttl, key_of, path_of
-from twinkle_serve.control.commands import BirthCommand, RunEntry
+from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunEntry
 from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
+from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.microbatches import pack
 from twinkle_serve.control.planner import Window
 from twinkle_serve.control.residency import Placement, Residency
@@ -39,6 +40,7 @@ from twinkle_serve.protocol.work import (
     OptimStep,
     Outcome,
     Pass,
+    RestoreRun,
     Sample,
     SaveAdapter,
     Snapshot,
@@ -48,6 +50,13 @@ from twinkle_serve.storage.records import CheckpointRecord, SamplerRecord
 
 logger = logging.getLogger(__name__)
 Place = Callable[[int], object]
+
+
+class _Done(Exception):
+    """A command that a recovered run needs no more, because its work outlived the group; its answer."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class _Refused(Exception):
@@ -61,13 +70,20 @@ class Assembler:
     """Makes the ticks of one group."""
 
     def __init__(
-        self, base_model: str, books: Books, residency: Residency, microbatch_tokens: int, deterministic: bool
+        self,
+        base_model: str,
+        books: Books,
+        residency: Residency,
+        microbatch_tokens: int,
+        deterministic: bool,
+        keeper: Keeper | None = None,
     ) -> None:
         self._base_model = base_model
         self._books = books
         self._residency = residency
         self._microbatch_tokens = microbatch_tokens
         self._deterministic = deterministic
+        self._keeper = keeper
         self._drops: list[DropRun] = []
         self._num_ticks = 0
 
@@ -83,16 +99,23 @@ class Assembler:
         """The tick that does all this, or None if nothing needs the group. ``assembly`` is filled on the
         way, so that a failure in here leaves a list of who is affected."""
         placed = self._translate(assembly, window)
-        drop_snapshots = self._books.samplers.evict(self._base_model)
+        drop_snapshots = self._evicted()
         placement = self._residency.place(list(placed))
         for run_id, places in placed.items():
             for place in places:
                 place(placement.slots[run_id])
         assembly.drops, self._drops = [*self._drops, *assembly.drops], []
-        wanted = (placed, assembly.drops, drop_snapshots, samples, cancels)
+        self._persist(assembly)
+        wanted = (placed, assembly.drops, assembly.persists, drop_snapshots, samples, cancels)
         if not any(wanted) and not even_if_empty:
             return None
         return self._tick(assembly, placement, drop_snapshots, samples, cancels, decode_budget_s)
+
+    def park(self, run_id: str) -> None:
+        """Free the run's slot; it is on disk and comes back from there."""
+        drop = self._residency.drop(run_id)
+        if drop is not None:
+            self._drops.append(drop)
 
     def lose_all(self) -> None:
         """The group is gone: what it was still to drop is gone with it."""
@@ -113,6 +136,7 @@ class Assembler:
             page_out=placement.page_out,
             drops=tuple(assembly.drops),
             page_in=placement.page_in,
+            restores=tuple(assembly.restores),
             creates=tuple(assembly.creates),
             loads=tuple(assembly.loads),
             passes=tuple(assembly.passes),
@@ -120,11 +144,29 @@ class Assembler:
             optim_steps=tuple(assembly.optim_steps),
             saves=tuple(assembly.saves),
             snapshots=tuple(assembly.snapshots),
+            persists=tuple(assembly.persists),
             drop_snapshots=tuple(drop_snapshots),
             cancels=tuple(cancels),
             samples=tuple(samples),
             decode_budget_s=decode_budget_s,
         )
+
+    def _evicted(self) -> list[str]:
+        names = self._books.samplers.evict(self._base_model)
+        if self._keeper is not None:
+            for name in names:
+                self._keeper.files.remove(self._keeper.sampler_file(name))
+        return names
+
+    def _persist(self, assembly: Assembly) -> None:
+        """Let the runs whose time has come be written to disk as they are when this tick is over."""
+        if self._keeper is None:
+            return
+        for run_id in self._keeper.due(self._base_model):
+            if self._residency.knows(run_id):
+                order, flight = self._keeper.persist(run_id, self._residency.slot_of(run_id))
+                assembly.persists.append(order)
+                assembly.flights[flight.request_id] = flight
 
     # commands -------------------------------------------------------------------------------------
 
@@ -135,11 +177,15 @@ class Assembler:
             run = self._books.runs.find(work.run_id)
             assert run is not None
             for entry in work.entries:
+                if self._keeper is not None:
+                    self._keeper.executed(run, entry)
                 if isinstance(entry.command, UnloadCommand):
                     self._unload(assembly, run, entry.request_id)
                     continue
                 try:
                     place = self._command(assembly, run, entry)
+                except _Done as done:
+                    assembly.verdicts.append(Outcome(entry.request_id, done.value))
                 except _Refused as refused:
                     assembly.verdicts.append(Outcome(entry.request_id, failure=refused.failure))
                 except (UserError, Invalid, NotFound) as error:
@@ -159,6 +205,8 @@ class Assembler:
         match command:
             case RejectedCommand(failure):
                 raise _Refused(failure)
+            case RestoreCommand(path=path):
+                return self._restore(assembly, run, request_id, path)
             case BirthCommand(path=None):
                 return self._birth(assembly, run, request_id)
             case BirthCommand(path=str(path), optimizer=optimizer) | LoadCommand(path, optimizer):
@@ -174,7 +222,7 @@ class Assembler:
             case SaveCommand():
                 return self._save(assembly, run, entry, command)
             case SnapshotCommand(number):
-                return self._snapshot(assembly, run, request_id, number)
+                return self._snapshot(assembly, run, entry, number)
         raise AssertionError(command)
 
     def _pass(self, assembly: Assembly, request_id: str, command: PassCommand) -> Place:
@@ -218,7 +266,9 @@ class Assembler:
             if was_down:
                 self._stayed_down(run, failure)
 
-        assembly.flights[request_id] = Flight(request_id, loaded, failed)
+        assembly.flights[request_id] = Flight(
+            request_id, loaded, failed, lambda: checkpoints.unpin(source.directory)
+        )
         directory = source.directory
         return lambda slot: assembly.loads.append(
             LoadAdapter(request_id, run.run_id, slot, directory, optimizer)
@@ -238,6 +288,12 @@ class Assembler:
         check_ttl(command.ttl_seconds)
         name = f"checkpoint-{entry.seq_id:06d}" if command.name is None else command.name
         checkpoints = self._books.checkpoints
+        earlier = checkpoints.at((run.run_id, command.kind, name))
+        if earlier is not None and earlier.seq_id is not None and earlier.seq_id >= entry.seq_id:
+            # Done before the group was lost, and maybe replaced since by a later request of the run.
+            raise _Done({"path": path_of(key_of(earlier)), "size_bytes": earlier.size_bytes})
+        if self._is_over(entry.request_id):
+            raise _Done(None)  # deleted since
         directory = checkpoints.reserve(run.run_id, command.kind, name, command.overwrite)
         now = self._books.clock.now()
         record = CheckpointRecord(
@@ -253,27 +309,40 @@ class Assembler:
             None if command.ttl_seconds is None else now + command.ttl_seconds,
             user_metadata=dict(command.user_metadata),
             has_optimizer=command.kind == "weights",
+            seq_id=entry.seq_id,
         )
 
         def saved(size_bytes: int) -> Any:
             checkpoints.commit(record, size_bytes)
             return {"path": path_of(key_of(record)), "size_bytes": size_bytes}
 
-        assembly.flights[entry.request_id] = Flight(
-            entry.request_id, saved, lambda _: checkpoints.release(key_of(record)), outlives_tick=True
-        )
+        def over(_: Failure | None = None) -> None:
+            checkpoints.release(key_of(record))
+
+        assembly.flights[entry.request_id] = Flight(entry.request_id, saved, over, over, outlives_tick=True)
         manifest = _manifest(record)
         return lambda slot: assembly.saves.append(
             SaveAdapter(entry.request_id, slot, directory, record.has_optimizer, manifest)
         )
 
-    def _snapshot(self, assembly: Assembly, run: Run, request_id: str, number: int) -> Place:
-        samplers = self._books.samplers
+    def _snapshot(self, assembly: Assembly, run: Run, entry: RunEntry, number: int) -> Place:
+        samplers, request_id = self._books.samplers, entry.request_id
         sampler_id = sampler_id_for(run.record.session_id, number)
-        if samplers.exists(sampler_id):
+        earlier = samplers.find(sampler_id)
+        is_again = (
+            earlier is not None
+            and earlier.record.run_id == run.run_id
+            and earlier.record.seq_id == entry.seq_id
+        )
+        if earlier is not None and is_again and not earlier.awaited:
+            raise _Done({"sampling_session_id": sampler_id})
+        if earlier is not None and not is_again:
             raise UserError(f"sampling_session_seq_id {number} is already in use in this session")
 
         def frozen(_: Any) -> Any:
+            if is_again:
+                samplers.frozen_again(sampler_id)
+                return {"sampling_session_id": sampler_id}
             now = self._books.clock.now()
             samplers.create(
                 SamplerRecord(
@@ -284,13 +353,30 @@ class Assembler:
                     now,
                     run_id=run.run_id,
                     snapshot=sampler_id,
+                    seq_id=entry.seq_id,
                 )
             )
             samplers.retire(run.run_id)
             return {"sampling_session_id": sampler_id}
 
         assembly.flights[request_id] = Flight(request_id, frozen)
-        return lambda slot: assembly.snapshots.append(Snapshot(request_id, slot, sampler_id))
+        keeper = self._keeper
+        path = None if keeper is None else keeper.files.path(keeper.sampler_file(sampler_id))
+        return lambda slot: assembly.snapshots.append(Snapshot(request_id, slot, sampler_id, path))
+
+    def _restore(self, assembly: Assembly, run: Run, request_id: str, path: str) -> Place:
+        keeper = self._keeper
+        assert keeper is not None
+
+        def failed(failure: Failure) -> None:
+            self.park(run.run_id)
+            keeper.not_restored(run, failure.message)
+
+        assembly.flights[request_id] = Flight(request_id, lambda _: keeper.restored(run), failed)
+        return lambda slot: assembly.restores.append(RestoreRun(request_id, run.run_id, slot, path))
+
+    def _is_over(self, request_id: str) -> bool:
+        return self._keeper is not None and self._keeper.is_over(request_id)
 
     def _unload(self, assembly: Assembly, run: Run, request_id: str) -> None:
         self._books.runs.unload(run)
@@ -299,6 +385,8 @@ class Assembler:
         if drop is not None:
             assembly.drops.append(drop)
         assembly.verdicts.append(Outcome(request_id, {"model_id": run.run_id}))
+        if self._keeper is not None:
+            self._keeper.retire(run)
 
     # what outcomes do to a run --------------------------------------------------------------------
 

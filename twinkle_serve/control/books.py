@@ -37,8 +37,8 @@ class Books:
     def resolve(self, request_id: str, value: object) -> None:
         self.promises.resolve(request_id, value, self.clock.now())
 
-    def sweep(self) -> None:
-        """Forget what is past its time: results, sessions without heartbeat, checkpoints."""
+    def sweep(self) -> list[str]:
+        """Forget what is past its time: results, checkpoints, silent sessions; the ids of the latter."""
         now = self.clock.now()
         for origin in self.promises.sweep(now):
             match origin:
@@ -46,8 +46,8 @@ class Books:
                     run.log.forget(seq_id)
                 case ("sampler", str(sampler_id), int(seq_id)):
                     self.samplers.forget(sampler_id, seq_id)
-        self.sessions.expire(now)
         self.checkpoints.expire(now)
+        return self.sessions.expire(now)
 
 
 def open_books(

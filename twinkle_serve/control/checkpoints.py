@@ -108,6 +108,10 @@ class Checkpoints:
             raise NotFound(f"checkpoint {path!r} does not exist")
         return record
 
+    def at(self, key: Key) -> CheckpointRecord | None:
+        """Whoever owns it."""
+        return self._records.get(key)
+
     def owned(self, tenant: str, path: str) -> CheckpointRecord:
         record = self._records.get(_key(path))
         if record is None or record.tenant != tenant:

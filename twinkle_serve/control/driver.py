@@ -18,6 +18,7 @@ from twinkle_serve.control.books import Books
 from twinkle_serve.control.commands import BirthCommand, RunEntry
 from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
 from twinkle_serve.control.group import Group, GroupLost
+from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Planner, Window
 from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
@@ -47,6 +48,7 @@ class GroupDriver:
         config: ModelConfig,
         weight: Callable[[str], float],
         recover: Recover,
+        keeper: Keeper | None = None,
     ) -> None:
         self.group = group
         self.books = books
@@ -62,7 +64,7 @@ class GroupDriver:
             blocked=self._reads_unfinished,
         )
         self._assembler = Assembler(
-            self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic
+            self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic, keeper
         )
         self._recover = recover
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
@@ -115,6 +117,24 @@ class GroupDriver:
     def wake(self) -> None:
         """Something that is no command needs a tick (a snapshot to drop)."""
         self._event.set()
+
+    def park(self, run: Run) -> None:
+        """The run is on disk, and nobody is there for it: free its slot."""
+        self._assembler.park(run.run_id)
+        self._event.set()
+
+    def lose(self) -> None:
+        """Forget what was in the group. Training requests that were in flight stay open, to be done again;
+        samples are lost: their clients submit them again."""
+        self.residency.lose_all()
+        self._assembler.lose_all()
+        self._cancels.clear()
+        for flight in [*self._flights.values(), *(flight for _, flight in self._queue.drain())]:
+            flight.on_lost()
+            if flight.num_sequences:
+                self.books.promises.lose(flight.request_id)
+        self._flights.clear()
+        self._num_sequences = 0
 
     def abandon(self, failure: Failure) -> None:
         """Give up whatever is in flight and all that was in the group: what its loss means until somebody
@@ -193,7 +213,18 @@ class GroupDriver:
         except GroupLost as lost:
             logger.error("the group of %s is lost: %s", self.base_model, lost)
             self.lost = lost
-            await self._recover(self, lost)
+            await self._recover_for_sure(lost)
+
+    async def _recover_for_sure(self, lost: GroupLost) -> None:
+        """Nothing may run on the new group before it is known what the old one had."""
+        while not self._closing:
+            try:
+                return await self._recover(self, lost)
+            except Exception:
+                logger.exception(
+                    "recovery of %s failed; it is tried again in %g s", self.base_model, _RETRY_S
+                )
+                await self._pause(_RETRY_S)
 
     def _settle(self, outcome: Outcome) -> None:
         flight = self._flights.pop(outcome.request_id, None)

@@ -19,6 +19,8 @@ from twinkle_serve.protocol.work import (
     OptimStep,
     Outcome,
     Pass,
+    PersistRun,
+    RestoreRun,
     SaveAdapter,
     Snapshot,
 )
@@ -34,11 +36,16 @@ def _ignore(failure: Failure) -> None:
     pass
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Flight:
     """One request on its way through the group.
 
     on_value: takes note of success and turns the group's value into the client's. on_failure: takes note.
+    on_lost: frees what it holds; the group died, and whether the request is done again is not said here.
     outlives_tick: its outcome may come with a later tick (saves and samples). sample: it is one, of
     ``num_sequences``; if it gets lost the client may simply submit it again.
     """
@@ -46,6 +53,7 @@ class Flight:
     request_id: str
     on_value: Callable[[Any], Any] = _same
     on_failure: Callable[[Failure], None] = _ignore
+    on_lost: Callable[[], object] = _nothing
     outlives_tick: bool = False
     num_sequences: int = 0
 
@@ -65,6 +73,8 @@ class Assembly:
     optim_steps: list[OptimStep] = field(default_factory=list)
     saves: list[SaveAdapter] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
+    restores: list[RestoreRun] = field(default_factory=list)
+    persists: list[PersistRun] = field(default_factory=list)
 
     @property
     def pass_loads(self) -> list[Load]:

@@ -44,6 +44,13 @@ class CommandLog(Generic[C]):
         self._parked: dict[int, Entry[C]] = {}
         self._request_ids: dict[int, str] = {}
         self._gap_since: float | None = None
+        self._is_held = False
+
+    def restarted(self, first_seq_id: int) -> CommandLog[C]:
+        """An empty log that begins at ``first_seq_id`` and recognises the same duplicates."""
+        log: CommandLog[C] = CommandLog(self._gap_timeout_s, first_seq_id)
+        log._request_ids = self._request_ids
+        return log
 
     def original(self, seq_id: int | None) -> str | None:
         """The request id that this seq_id was given when it first came, or None if it is new."""
@@ -115,7 +122,19 @@ class CommandLog(Generic[C]):
         """These, which were taken from ``ready`` before, come once more, in front of all others."""
         self.ready.extendleft(reversed(entries))
 
+    def hold(self) -> list[Entry[C]]:
+        """Let nothing become ready until ``go_on``; what was."""
+        entries, self._is_held = list(self.ready), True
+        self.ready.clear()
+        return entries
+
+    def go_on(self, now: float) -> None:
+        self._is_held = False
+        self._release(now)
+
     def _release(self, now: float) -> None:
+        if self._is_held:
+            return
         moved = False
         while (entry := self._parked.pop(self._next, None)) is not None:
             self.ready.append(entry)

@@ -52,7 +52,7 @@ class Runs:
 
     def create(self, record: RunRecord) -> Run:
         run = self._add(record, Failure("the run's adapter is not made yet", "server"), 1)
-        self._save_record(run)
+        self.save(run)
         return run
 
     def restore(self, record: RunRecord) -> Run:
@@ -79,13 +79,17 @@ class Runs:
             raise NotFound(f"training run {run_id!r} was unloaded; only its checkpoints remain")
         run.record = replace(run.record, last_request_at=now)
         if now - run.saved_at >= _SAVE_EVERY_S:
-            self._save_record(run)
+            self.save(run)
         return run
 
     def unload(self, run: Run) -> None:
         run.down = Failure(f"training run {run.run_id} was unloaded")
         run.record = replace(run.record, unloaded=True)
-        self._save_record(run)
+        self.save(run)
+
+    def of_model(self, base_model: str) -> list[Run]:
+        """Of all tenants, the oldest first."""
+        return [run for run in self._runs.values() if run.record.base_model == base_model]
 
     def of_tenant(self, tenant: str) -> list[Run]:
         """Newest first."""
@@ -98,6 +102,7 @@ class Runs:
         self._by_tenant.setdefault(record.tenant, []).append(record.run_id)
         return run
 
-    def _save_record(self, run: Run) -> None:
+    def save(self, run: Run) -> None:
+        """Its record has changed."""
         run.saved_at = run.record.last_request_at
         self._save(run.record)

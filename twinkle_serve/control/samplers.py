@@ -13,17 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from twinkle_serve.control.backend import NotFound
+from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.storage.records import SamplerRecord
 
 
 @dataclass(slots=True)
 class Sampler:
-    """requests: seq_id to (request id, sequence ids) of what came already. evicted: its snapshot is gone."""
+    """requests: seq_id to (request id, sequence ids) of what came already. evicted: its snapshot is gone.
+    path: the file that has it since the group lost it. awaited: neither has it until its run has come so
+    far again."""
 
     record: SamplerRecord
     requests: dict[int, tuple[str, list[str]]] = field(default_factory=dict)
     num_in_flight: int = 0
     evicted: bool = False
+    path: str | None = None
+    awaited: bool = False
 
 
 def sampler_id_for(session_id: str, sampling_session_seq_id: int) -> str:
@@ -48,8 +53,30 @@ class Samplers:
             self._snapshots[record.run_id].append(record.sampler_id)
 
     def restore(self, record: SamplerRecord) -> None:
-        """A sampler of an earlier life of this server: a snapshot did not survive, a checkpoint did."""
+        """A sampler of an earlier life of this server; ``relocate`` may find its snapshot again."""
         self._add(Sampler(record, evicted=record.snapshot is not None))
+
+    def with_snapshot(self) -> list[Sampler]:
+        return [sampler for sampler in self._samplers.values() if sampler.record.snapshot is not None]
+
+    def find(self, sampler_id: str) -> Sampler | None:
+        return self._samplers.get(sampler_id)
+
+    def relocate(self, sampler: Sampler, path: str | None, awaited: bool) -> None:
+        """The group lost the snapshot: it is in a file, or comes back as its run is replayed, or is gone."""
+        snapshots = self._snapshots[sampler.record.run_id or ""]
+        sampler.path, sampler.awaited = path, awaited and path is None
+        sampler.evicted = path is None and not awaited
+        sampler_id = sampler.record.sampler_id
+        if sampler.evicted:
+            self._retired.discard(sampler_id)
+            if sampler_id in snapshots:
+                snapshots.remove(sampler_id)
+        elif sampler_id not in snapshots:
+            snapshots.append(sampler_id)
+
+    def frozen_again(self, sampler_id: str) -> None:
+        self._samplers[sampler_id].awaited = False
 
     def exists(self, sampler_id: str) -> bool:
         return sampler_id in self._samplers
@@ -67,6 +94,8 @@ class Samplers:
                 f"sampling session {sampler_id!r} is gone: only the newest {self._snapshots_per_run} "
                 "unnamed snapshots of a run are kept; save the weights under a name to keep them"
             )
+        if sampler.awaited:
+            raise BackendUnavailable("the service is recovering from a failure; try again")
         return sampler
 
     def of_session(self, session_id: str) -> list[str]:

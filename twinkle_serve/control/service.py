@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.config import Config
+from twinkle_serve.control import recovery
 from twinkle_serve.control.assembly import check_loadable
 from twinkle_serve.control.backend import Command, Invalid, NotFound, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.checkpoints import key_of, path_of
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
-from twinkle_serve.control.commands import BirthCommand
+from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.flights import Flight
-from twinkle_serve.control.group import Group
+from twinkle_serve.control.group import Group, GroupLost
+from twinkle_serve.control.keeper import Durability, Keeper
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.runs import Run, run_id_for
 from twinkle_serve.control.samplers import Sampler, sampler_id_for
+from twinkle_serve.control.sessions import Session
 from twinkle_serve.control.views import checkpoint_view, run_view, text_values, weights_view
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
 
 _SWEEP_EVERY_S = 5.0
+_RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
 _STOPPING = Failure("the server is shutting down", "server")
 
 
@@ -50,16 +55,25 @@ class ControlPlane:
         weight: Callable[[str], float] = lambda tenant: 1.0,
         recover: Recover = fail_in_flight,
         new_token: Callable[[], str] = random_token,
+        durability: Durability | None = None,
     ) -> None:
         """groups: by base model name, each loaded. weight: a tenant's share. recover: what to do about the
-        requests and runs of a group that died. new_token: where unguessable ids come from."""
+        requests and runs of a group that died. new_token: where unguessable ids come from. durability: with
+        it nothing accepted is lost, and ``recover`` is not asked."""
         self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
         self._books = open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token)
+        self._keeper: Keeper | None = None
+        if durability is not None:
+            retention_s = config.limits.result_retention_s
+            self._keeper = Keeper(self._books, durability, config.storage, retention_s, new_token)
+            self._keeper.parked = lambda run: self._drivers[run.record.base_model].park(run)
+            self._keeper.unreadable = self._fall_back
+            recover = self._replay
         models = {model.name: model for model in config.models}
         self._drivers = {
-            name: GroupDriver(group, self._books, models[name], weight, recover)
+            name: GroupDriver(group, self._books, models[name], weight, recover, self._keeper)
             for name, group in groups.items()
         }
         self._gap_timers: dict[str, Timer] = {}
@@ -67,17 +81,45 @@ class ControlPlane:
         self._closing = False
 
     async def start(self) -> None:
+        if self._keeper is not None:
+            for run in recovery.restore(self._keeper):
+                if run.record.base_model in self._drivers:
+                    self._drivers[run.record.base_model].ready(run)
+                    self._watch_gap(run)
+            for base_model in self._drivers:
+                recovery.relocate_snapshots(self._keeper, base_model)
         for driver in self._drivers.values():
             driver.start()
         self._sweep()
 
     async def close(self, timeout_s: float = 10.0) -> None:
-        """Let running ticks end within ``timeout_s``; then everything still pending fails."""
+        """Let running ticks end within ``timeout_s``; then everything still pending fails, unless it is in
+        the journal, where the next start finds it."""
         self._closing = True
         await asyncio.gather(*(driver.close(timeout_s) for driver in self._drivers.values()))
         for timer in [*self._gap_timers.values(), *filter(None, [self._sweep_timer])]:
             timer.cancel()
-        self._books.promises.fail_all(_STOPPING, self._clock.now())
+        if self._keeper is not None:
+            await self._keeper.close(timeout_s)
+            self._books.promises.wake_all()
+        else:
+            self._books.promises.fail_all(_STOPPING, self._clock.now())
+
+    async def _replay(self, driver: GroupDriver, lost: GroupLost) -> None:
+        assert self._keeper is not None
+        driver.lose()
+        runs = self._books.runs.of_model(driver.base_model)
+        for run in runs:
+            await recovery.rewind(self._keeper, run)
+        recovery.relocate_snapshots(self._keeper, driver.base_model)
+        for run in runs:
+            if any(not isinstance(entry.command, RestoreCommand) for entry in run.log.ready):
+                driver.ready(run)
+
+    async def _fall_back(self, run: Run, held: list[RunEntry], reason: str) -> None:
+        assert self._keeper is not None
+        await recovery.fall_back(self._keeper, run, held, reason)
+        self._drivers[run.record.base_model].ready(run)
 
     async def healthy(self) -> bool:
         return not self._closing and all(driver.healthy for driver in self._drivers.values())
@@ -98,6 +140,7 @@ class ControlPlane:
             return
         for run_id, _ in self._books.sessions.get(tenant, session_id).models.values():
             self._books.samplers.retire(run_id, keep=0)
+            self._park(run_id)
         for driver in self._drivers.values():
             driver.wake()
 
@@ -129,7 +172,9 @@ class ControlPlane:
         if not 1 <= spec.rank <= max_rank:
             raise Invalid(f"lora_config.rank {spec.rank} is not between 1 and {max_rank}")
         birth = BirthCommand()
-        return self._create_run(tenant, session_id, model_seq_id, base_model, spec, user_metadata, birth)
+        return await self._create_run(
+            tenant, session_id, model_seq_id, base_model, spec, user_metadata, birth
+        )
 
     async def create_model_from(
         self,
@@ -150,9 +195,11 @@ class ControlPlane:
         except UserError as error:
             raise Invalid(str(error)) from None
         birth = BirthCommand(path, optimizer)
-        return self._create_run(tenant, session_id, model_seq_id, model, source.spec, user_metadata, birth)
+        return await self._create_run(
+            tenant, session_id, model_seq_id, model, source.spec, user_metadata, birth
+        )
 
-    def _create_run(
+    async def _create_run(
         self,
         tenant: str,
         session_id: str,
@@ -167,31 +214,61 @@ class ControlPlane:
         run_id = run_id_for(session_id, model_seq_id)
         if model_seq_id in session.models:
             _, original = session.models[model_seq_id]
-            return original or self._failed(tenant, self._books.runs.get(tenant, run_id).down)
+            if original is not None:
+                return await self._durable(original)
+            run = self._books.runs.get(tenant, run_id)
+            if not self._was_never_accepted(run):
+                return self._failed(tenant, run.down)
+            return await self._bear(session, run, birth)
+        self._check_room()
         record = RunRecord(
             run_id, session_id, model_seq_id, tenant, base_model, spec, now, now, text_values(user_metadata)
         )
-        run = self._books.runs.create(record)
-        request_id = self._open(tenant, ("run", run_id, 0))
-        session.models[model_seq_id] = (run_id, request_id)
+        return await self._bear(session, self._books.runs.create(record), birth)
+
+    async def _bear(self, session: Session, run: Run, birth: BirthCommand) -> str:
+        request_id = self._open(run.tenant, ("run", run.run_id, 0))
+        session.models[run.record.model_seq_id] = (run.run_id, request_id)
         run.log.prepend(request_id, birth)
-        self._drivers[base_model].ready(run)
-        return request_id
+        if self._keeper is not None:
+            self._keeper.accept(run, 0, request_id, birth, numbered=True)
+        self._drivers[run.record.base_model].ready(run)
+        return await self._durable(request_id)
+
+    def _was_never_accepted(self, run: Run) -> bool:
+        """Its record was written, and then this server died before its client was told."""
+        if self._keeper is None or run.run_id in self._keeper.kept or run.record.unloaded:
+            return False
+        return run.record.last_request_at == run.record.created_at
 
     async def submit(self, tenant: str, run_id: str, seq_id: int | None, command: Command) -> str:
         now = self._clock.now()
         original = self._books.runs.get(tenant, run_id).log.original(seq_id)
         if original is not None:
-            return original
+            return await self._durable(original)
         run = self._books.runs.usable(tenant, run_id, now)
         driver = self._driver(run.record.base_model)
+        self._check_room()
         request_id = self._open(tenant, ("run", run_id, seq_id))
+        if self._keeper is not None:
+            number = run.log.next_number if seq_id is None else seq_id
+            self._keeper.accept(run, number, request_id, command, numbered=seq_id is not None)
         failure = run.log.append(seq_id, request_id, command, now)
         if failure is not None:
             self._books.fail(request_id, failure)
         driver.ready(run)
         self._watch_gap(run)
+        return await self._durable(request_id)
+
+    async def _durable(self, request_id: str) -> str:
+        """The id, once the request is on disk."""
+        if self._keeper is not None:
+            await self._keeper.durable(request_id)
         return request_id
+
+    def _check_room(self) -> None:
+        if self._keeper is not None:
+            self._keeper.check_room()
 
     def _watch_gap(self, run: Run) -> None:
         """See to it that a hole in the run's seq_ids is given up in time."""
@@ -202,7 +279,11 @@ class ControlPlane:
 
     def _gap_due(self, run: Run) -> None:
         del self._gap_timers[run.run_id]
-        for request_id, failure in run.log.expire(self._clock.now()):
+        last = run.log.next_number - 1
+        failed = run.log.expire(self._clock.now())
+        if failed and self._keeper is not None:
+            self._keeper.gave_up(run, last)
+        for request_id, failure in failed:
             self._books.fail(request_id, failure)
         self._watch_gap(run)
 
@@ -257,7 +338,7 @@ class ControlPlane:
             return known[seq_id]
         sampler = self._books.samplers.usable(tenant, sampler_id)
         driver = self._driver(sampler.record.base_model)
-        adapter = None if isinstance(request, Failure) else self._adapter(sampler.record)
+        adapter = None if isinstance(request, Failure) else self._adapter(sampler)
         request_id = self._open(tenant, ("sampler", sampler_id, seq_id), sampling=True)
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
         answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
@@ -272,46 +353,74 @@ class ControlPlane:
             driver.sample(work, self._sample_flight(work, driver, sampler))
         return answer
 
-    def _adapter(self, record: SamplerRecord) -> AdapterRef | None:
-        """What to sample with. A checkpoint that was overwritten meanwhile is another adapter."""
+    async def sample_model(
+        self,
+        tenant: str,
+        base_model: str | None,
+        model_path: str | None,
+        request: SampleRequest,
+        stream: bool,
+    ) -> str:
+        adapter = None
+        if model_path is not None:
+            source = self._books.checkpoints.find(tenant, model_path)
+            base_model, adapter = source.base_model, _checkpoint_ref(source)
+        if base_model is None:
+            raise Invalid("one of base_model and model_path is needed")
+        if request.num_samples > self._limits.max_num_samples:
+            raise Invalid(f"num_samples {request.num_samples} is above {self._limits.max_num_samples}")
+        driver = self._driver(base_model)
+        request_id = self._open(tenant, ("model", base_model, None), sampling=True)
+        work = Sample(request_id, tenant, adapter, request, stream)
+        driver.sample(work, self._sample_flight(work, driver, None))
+        return request_id
+
+    def _adapter(self, sampler: Sampler) -> AdapterRef | None:
+        """What to sample with."""
+        record = sampler.record
         if record.snapshot is not None:
-            return AdapterRef(record.snapshot)
+            return AdapterRef(record.snapshot, sampler.path)
         if record.model_path is None:
             return None
-        source = self._books.checkpoints.find(record.tenant, record.model_path)
-        return AdapterRef(f"{path_of(key_of(source))}@{source.created_at!r}", source.directory)
+        return _checkpoint_ref(self._books.checkpoints.find(record.tenant, record.model_path))
 
-    def _sample_flight(self, work: Sample, driver: GroupDriver, sampler: Sampler) -> Flight:
+    def _sample_flight(self, work: Sample, driver: GroupDriver, sampler: Sampler | None) -> Flight:
         """Holds on to the weights until the sample is over."""
         samplers, checkpoints = self._books.samplers, self._books.checkpoints
-        sampler_id = sampler.record.sampler_id
+        sampler_id = None if sampler is None else sampler.record.sampler_id
         directory = None if work.adapter is None else work.adapter.directory
-        samplers.started(sampler_id)
+        if sampler_id is not None:
+            samplers.started(sampler_id)
         if directory is not None:
             checkpoints.pin(directory)
 
-        def over(value: Any) -> Any:
-            samplers.ended(sampler_id)
+        def over(value: Any = None) -> Any:
+            if sampler_id is not None:
+                samplers.ended(sampler_id)
             if directory is not None:
                 checkpoints.unpin(directory)
             driver.wake()
             return value
 
-        return Flight(work.request_id, over, over, outlives_tick=True, num_sequences=work.request.num_samples)
+        return Flight(
+            work.request_id, over, over, over, outlives_tick=True, num_sequences=work.request.num_samples
+        )
 
     async def cancel(self, tenant: str, request_id: str) -> None:
         if self._books.promises.look(tenant, request_id).state != "pending":
             return
-        origin = self._books.promises.origin(request_id)
-        if isinstance(origin, tuple) and origin[0] == "sampler":
-            record = self._books.samplers.get(tenant, str(origin[1])).record
-            self._drivers[record.base_model].cancel(tenant, request_id)
+        match self._books.promises.origin(request_id):
+            case ("sampler", str(sampler_id), _):
+                record = self._books.samplers.get(tenant, sampler_id).record
+                self._drivers[record.base_model].cancel(tenant, request_id)
+            case ("model", str(base_model), _):
+                self._drivers[base_model].cancel(tenant, request_id)
 
     # promises -------------------------------------------------------------------------------------
 
     async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
         promises = self._books.promises
-        poll = promises.look(tenant, request_id)
+        poll = self._look(tenant, request_id)
         if poll.state != "pending" or timeout_s <= 0:
             return poll
         woken = asyncio.Event()
@@ -322,7 +431,22 @@ class ControlPlane:
         finally:
             timer.cancel()
             unsubscribe()
-        return promises.look(tenant, request_id)
+        return self._look(tenant, request_id)
+
+    def _look(self, tenant: str, request_id: str) -> Poll:
+        poll = self._books.promises.look(tenant, request_id)
+        if poll.state == "pending" and any(driver.lost is not None for driver in self._drivers.values()):
+            return replace(poll, queue_state="paused_capacity", queue_reason=_RECOVERING)
+        return poll
+
+    async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
+        promises = self._books.promises
+        poll = promises.look(tenant, request_id)
+        if not promises.progress(tenant, request_id, after):
+            poll = await self.poll(tenant, request_id, timeout_s)
+        if poll.state != "pending":
+            return poll
+        return Poll("pending", promises.progress(tenant, request_id, after), None, poll.queue_state)
 
     # management -----------------------------------------------------------------------------------
 
@@ -388,6 +512,24 @@ class ControlPlane:
         self._books.fail(request_id, failure or Failure("this model_seq_id is taken by an older run"))
         return request_id
 
+    def _park(self, run_id: str) -> None:
+        run = self._books.runs.find(run_id)
+        if self._keeper is not None and run is not None and not run.record.unloaded:
+            self._keeper.park(run)
+            self._drivers[run.record.base_model].wake()
+
     def _sweep(self) -> None:
-        self._books.sweep()
+        for session_id in self._books.sweep():
+            for run_id in self._books.sessions.runs_of(session_id):
+                self._park(run_id)
+        if self._keeper is not None:
+            self._keeper.sweep()
+            for driver in self._drivers.values():
+                if self._keeper.due(driver.base_model):
+                    driver.wake()
         self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)
+
+
+def _checkpoint_ref(source: CheckpointRecord) -> AdapterRef:
+    """A checkpoint that is overwritten becomes another adapter."""
+    return AdapterRef(f"{path_of(key_of(source))}@{source.created_at!r}", source.directory)

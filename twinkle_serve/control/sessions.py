@@ -62,6 +62,9 @@ class Sessions:
             raise NotFound(f"session {session_id!r} does not exist")
         return session
 
+    def runs_of(self, session_id: str) -> list[str]:
+        return [run_id for run_id, _ in self._sessions[session_id].models.values()]
+
     def usable(self, tenant: str, session_id: str, now: float) -> Session:
         """The session, if new runs and samplers may join it; using it counts as a sign of life."""
         session = self.get(tenant, session_id)

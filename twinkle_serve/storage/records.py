@@ -32,7 +32,8 @@ class SessionRecord:
 class RunRecord:
     """A training run. run_id is ``{session_id}:train:{model_seq_id}``.
 
-    unloaded: its adapter was dropped for good; only its checkpoints remain.
+    unloaded: its adapter was dropped for good; only its checkpoints remain. corrupted: it could not be
+    recovered after a crash, for damage that must not be guessed away.
     """
 
     run_id: str
@@ -45,12 +46,13 @@ class RunRecord:
     last_request_at: float
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     unloaded: bool = False
+    corrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerRecord:
     """A sampling session. Exactly one of three sources: the base model alone (both None), a checkpoint
-    (``model_path``), or a snapshot of ``run_id`` that lives in the group's memory only (``snapshot``)."""
+    (``model_path``), or a snapshot of ``run_id`` (``snapshot``) made by its request ``seq_id``."""
 
     sampler_id: str
     session_id: str
@@ -60,13 +62,15 @@ class SamplerRecord:
     model_path: str | None = None
     run_id: str | None = None
     snapshot: str | None = None
+    seq_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
     """A whole checkpoint on disk. kind: "weights", "sampler_weights" or "external_weights".
 
-    directory: what catalog.directory_for gave; expires_at None: kept until deleted.
+    directory: what catalog.directory_for gave; expires_at None: kept until deleted; seq_id: of the run's
+    request that saved it.
     """
 
     run_id: str
@@ -82,3 +86,4 @@ class CheckpointRecord:
     public: bool = False
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     has_optimizer: bool = False
+    seq_id: int | None = None

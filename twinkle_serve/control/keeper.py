@@ -1,0 +1,385 @@
+"""What makes accepted training survive: the journal is written, runs are snapshotted, both are kept in step.
+
+Knows which commands of a run are on disk, done, and covered by a snapshot. Does not know how a snapshot is
+written (the group does), what rows look like (storage/journal.py), or how a lost run comes back
+(recovery.py).
+
+The rule that everything here serves: at any moment the newest listed snapshot of a run, followed by the
+run's journal entries above it in the order of their execution, is the run; and each promise below it has
+its result kept. So a snapshot is listed in one transaction with the results it makes impossible to
+compute again, and of two kept snapshots the older still has all entries that follow it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from twinkle_serve.config import StorageConfig
+from twinkle_serve.control.backend import LoadCommand, OptimCommand
+from twinkle_serve.control.books import Books
+from twinkle_serve.control.codec import encode_command, encode_result
+from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry
+from twinkle_serve.control.flights import Flight
+from twinkle_serve.control.log import Entry
+from twinkle_serve.control.runs import Run
+from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.work import Failure, PersistRun
+from twinkle_serve.storage.journal import (
+    GAP,
+    Fenced,
+    JournalEntry,
+    RunHistory,
+    StoredResult,
+    StoredSnapshot,
+)
+
+logger = logging.getLogger(__name__)
+UNBORN = -1  # what a run is covered up to before there is a snapshot; its birth has seq_id 0
+_PATIENCE_S = 10.0
+_RETRY_S = 30.0
+_SETTLE_POLL_S = 0.05
+_EXPIRE_EVERY_S = 60.0
+
+
+class JournalLike(Protocol):
+    """storage.journal.Journal, or a stand-in for it."""
+
+    stalled: str | None
+    num_bytes: int
+
+    def append(self, entry: JournalEntry) -> asyncio.Future[None]: ...
+    def cover(
+        self,
+        snapshot: StoredSnapshot,
+        results: list[StoredResult],
+        drop_until: int,
+        drop_snapshots: list[int],
+    ) -> asyncio.Future[None]: ...
+    def retire(self, run_id: str, results: list[StoredResult]) -> asyncio.Future[None]: ...
+    def expire_results(self, settled_before: float) -> asyncio.Future[None]: ...
+    def histories(self) -> dict[str, RunHistory]: ...
+    def history(self, run_id: str) -> asyncio.Future[RunHistory]: ...
+
+
+class FilesLike(Protocol):
+    """storage.states.StateFiles, or a stand-in for it."""
+
+    def name_for(self, owner: str, detail: str) -> str: ...
+    def path(self, name: str) -> str: ...
+    def exists(self, name: str) -> bool: ...
+    def remove(self, name: str) -> None: ...
+    def sweep(self, keep: list[str]) -> None: ...
+
+
+async def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """What the control plane survives with. resolve: turns a handle among results into the result. fenced:
+    called when another coordinator has taken over."""
+
+    journal: JournalLike
+    files: FilesLike
+    resolve: Callable[[Any], Awaitable[Any]] = _as_it_is
+    fenced: Callable[[], object] = _nothing
+
+
+@dataclass(slots=True)
+class Kept:
+    """One run. done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at
+    most two. unstored: requests whose results the journal does not have, with their ids and whether the
+    client numbered them. dirty_since: when the oldest change that no snapshot covers was made."""
+
+    run: Run
+    done: list[int] = field(default_factory=list)
+    snapshots: list[StoredSnapshot] = field(default_factory=list)
+    unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    num_steps: int = 0
+    dirty_since: float | None = None
+    not_before: float = 0.0
+    is_urgent: bool = False
+    is_persisting: bool = False
+    is_restoring: bool = False
+    is_parking: bool = False
+
+    @property
+    def covered(self) -> int:
+        return self.snapshots[0].covered if self.snapshots else UNBORN
+
+    @property
+    def executed(self) -> int:
+        return self.done[-1] if self.done else self.covered
+
+    @property
+    def to_redo(self) -> list[int]:
+        """What the newest snapshot does not have, in order."""
+        return [seq_id for seq_id in self.done if seq_id > self.covered]
+
+    def restore_entry(self, path: str) -> RunEntry:
+        """Belongs in front of what is to be redone."""
+        self.is_restoring = True
+        return Entry(self.covered, f"restore {self.run.run_id}", RestoreCommand(path, self.covered))
+
+
+class Keeper:
+    """One per control plane; everything runs on its event loop."""
+
+    def __init__(
+        self,
+        books: Books,
+        durability: Durability,
+        config: StorageConfig,
+        retention_s: float,
+        new_token: Callable[[], str],
+    ) -> None:
+        self.books = books
+        self.journal = durability.journal
+        self.files = durability.files
+        self.kept: dict[str, Kept] = {}
+        self.parked: Callable[[Run], object] = lambda run: None
+        self.unreadable: Callable[[Run, list[RunEntry], str], Coroutine[Any, Any, None]]
+        self._resolve = durability.resolve
+        self._fenced = durability.fenced
+        self._config = config
+        self._retention_s = retention_s
+        self._new_token = new_token
+        self._writing: dict[str, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._expired_at = 0.0
+
+    # accepting ------------------------------------------------------------------------------------
+
+    def check_room(self) -> None:
+        """Raises BackendUnavailable while nothing more can be made durable; clients come again."""
+        if self.journal.stalled is not None:
+            raise BackendUnavailable(f"the journal cannot be written: {self.journal.stalled}")
+        if self.journal.num_bytes > self._config.journal_max_bytes:
+            for kept in self.kept.values():
+                kept.is_urgent = kept.dirty_since is not None
+            raise BackendUnavailable("the journal is full; it empties as runs are snapshotted")
+
+    def accept(self, run: Run, seq_id: int, request_id: str, command: RunCommand, numbered: bool) -> None:
+        """Begin to write a command down. It may be executed meanwhile, but nobody may be told that it was
+        accepted before ``durable``: a snapshot that has it is listed by the same writer, later."""
+        kept = self.kept.setdefault(run.run_id, Kept(run))
+        kept.is_parking = False
+        kept.unstored.setdefault(seq_id, (request_id, numbered))
+        payload = encode_command(command)
+        now = self.books.clock.now()
+        future = self.journal.append(JournalEntry(run.run_id, seq_id, request_id, payload, now, numbered))
+        self._writing[request_id] = future
+        future.add_done_callback(lambda _: self._writing.pop(request_id, None))
+
+    async def durable(self, request_id: str) -> None:
+        """Returns once the request is on disk. Raises BackendUnavailable if that takes too long: the client
+        comes again with the same seq_id and finds the request it made."""
+        future = self._writing.get(request_id)
+        if future is None:
+            return
+        await asyncio.wait({future}, timeout=_PATIENCE_S)
+        if not future.done():
+            raise BackendUnavailable(f"the journal cannot be written: {self.journal.stalled or 'busy'}")
+        try:
+            future.result()
+        except Fenced as error:
+            self._fenced()
+            raise BackendUnavailable(str(error)) from None
+
+    def gave_up(self, run: Run, last_seq_id: int) -> None:
+        """The run's log went on behind a gap; after a restart it must do so at the same place."""
+        now = self.books.clock.now()
+        self.journal.append(JournalEntry(run.run_id, last_seq_id, "", b"", now, kind=GAP))
+
+    # ticks ----------------------------------------------------------------------------------------
+
+    def executed(self, run: Run, entry: RunEntry) -> None:
+        """The command is in the tick that comes next."""
+        kept = self.kept[run.run_id]
+        if isinstance(entry.command, RestoreCommand):
+            return
+        kept.done.append(entry.seq_id)
+        if kept.dirty_since is None:
+            kept.dirty_since = self.books.clock.now()
+        match entry.command:
+            case OptimCommand():
+                kept.num_steps += 1
+            case LoadCommand() | BirthCommand(path=str()):
+                # Its checkpoint may be deleted or replaced, and then it cannot be done again.
+                kept.is_urgent = True
+
+    def due(self, base_model: str) -> list[str]:
+        """The runs of a model that should be snapshotted at the end of the coming tick."""
+        now = self.books.clock.now()
+        return [
+            run_id
+            for run_id, kept in self.kept.items()
+            if kept.dirty_since is not None
+            and kept.run.record.base_model == base_model
+            and kept.run.down is None
+            and not kept.is_persisting
+            and not kept.is_restoring
+            and now >= kept.not_before
+            and (
+                kept.is_urgent
+                or kept.num_steps >= self._config.snapshot_every_steps
+                or now - kept.dirty_since >= self._config.snapshot_every_s
+            )
+        ]
+
+    def persist(self, run_id: str, slot: int | None) -> tuple[PersistRun, Flight]:
+        """The order to snapshot a run, and what becomes of its outcome."""
+        kept = self.kept[run_id]
+        covered = kept.executed
+        name = self.files.name_for(run_id, f"{covered}.{self._new_token()}")
+        request_id = f"persist {name}"
+        kept.is_persisting, kept.is_urgent, kept.num_steps, kept.dirty_since = True, False, 0, None
+
+        def written(num_bytes: int) -> None:
+            snapshot = StoredSnapshot(run_id, covered, name, num_bytes, self.books.clock.now())
+            self._start(self._list(kept, snapshot))
+
+        def failed(failure: Failure) -> None:
+            logger.error("run %s is not snapshotted: %s", run_id, failure.message)
+            self.files.remove(name)
+            self._not_persisted(kept)
+
+        def lost() -> None:
+            kept.is_persisting = False
+
+        flight = Flight(request_id, written, failed, lost, outlives_tick=True)
+        return PersistRun(request_id, run_id, slot, self.files.path(name)), flight
+
+    async def _list(self, kept: Kept, snapshot: StoredSnapshot) -> None:
+        """Make a written snapshot count."""
+        try:
+            await self._settled(kept, snapshot.covered)
+            results = await self._results(kept, snapshot.covered)
+            older = kept.snapshots[:1]
+            dropped = kept.snapshots[1:]
+            drop_until = older[0].covered if older else UNBORN
+            await self.journal.cover(snapshot, results, drop_until, [s.covered for s in dropped])
+        except Fenced:
+            self._fenced()
+            return
+        except Exception as error:
+            logger.warning("the snapshot of run %s is not listed: %s", snapshot.run_id, error)
+            self.files.remove(snapshot.file)
+            self._not_persisted(kept)
+            return
+        for result in results:
+            kept.unstored.pop(result.seq_id, None)
+        if older and older[0].covered == snapshot.covered:
+            dropped, older = [*dropped, *older], []
+        kept.snapshots = [snapshot, *older]
+        kept.done = [seq_id for seq_id in kept.done if seq_id > (older[0].covered if older else UNBORN)]
+        kept.is_persisting = False
+        for old in dropped:
+            self.files.remove(old.file)
+        self._park_if_clean(kept)
+
+    async def _settled(self, kept: Kept, until: int) -> None:
+        """Wait for the answers up to ``until``: a save that is still being written could not be done again
+        from a later state. Raises TimeoutError."""
+        async with asyncio.timeout(_RETRY_S):
+            while any(
+                self.books.promises.is_pending(request_id)
+                for seq_id, (request_id, _) in kept.unstored.items()
+                if seq_id <= until
+            ):
+                await asyncio.sleep(_SETTLE_POLL_S)
+
+    def _not_persisted(self, kept: Kept) -> None:
+        now = self.books.clock.now()
+        kept.is_persisting = False
+        kept.dirty_since = now if kept.dirty_since is None else kept.dirty_since
+        kept.is_urgent = True
+        kept.not_before = now + _RETRY_S
+
+    async def _results(self, kept: Kept, until: int) -> list[StoredResult]:
+        """What the promises up to ``until`` were settled with, for those that can still be asked for."""
+        results = []
+        for seq_id, (request_id, numbered) in sorted(kept.unstored.items()):
+            settled = self.books.promises.settled(request_id) if seq_id <= until else None
+            if settled is not None:
+                value = await self._resolve(settled.value)
+                payload = encode_result(value, settled.failure)
+                now = self.books.clock.now()
+                results.append(StoredResult(kept.run.run_id, seq_id, request_id, payload, now, numbered))
+        return results
+
+    def is_over(self, request_id: str) -> bool:
+        """Whether its client has been answered: what it left outside the run need not be done again."""
+        return self.books.promises.settled(request_id) is not None
+
+    def restored(self, run: Run) -> None:
+        self.kept[run.run_id].is_restoring = False
+
+    def not_restored(self, run: Run, reason: str) -> None:
+        """The file is damaged: nothing of the run may be done until an older one is in its place."""
+        self._start(self.unreadable(run, run.log.hold(), reason))
+
+    # idle and finished runs -----------------------------------------------------------------------
+
+    def park(self, run: Run) -> None:
+        """Nobody is there for this run: free its slot as soon as a snapshot has everything."""
+        kept = self.kept.get(run.run_id)
+        if kept is not None and run.down is None and not kept.is_restoring:
+            kept.is_parking = kept.is_urgent = True
+            self._park_if_clean(kept)
+
+    def _park_if_clean(self, kept: Kept) -> None:
+        if kept.is_parking and kept.covered == kept.executed and not kept.run.log.ready:
+            kept.is_parking = kept.is_urgent = False
+            kept.dirty_since = None
+            kept.run.log.rewind([kept.restore_entry(self.files.path(kept.snapshots[0].file))])
+            self.parked(kept.run)
+
+    def retire(self, run: Run) -> None:
+        """The run was unloaded: once its last promises are settled, only their results are kept."""
+        kept = self.kept.get(run.run_id)
+        if kept is not None:
+            self._start(self._retire(kept))
+
+    async def _retire(self, kept: Kept) -> None:
+        run_id = kept.run.run_id
+        last = max(kept.unstored, default=UNBORN)
+        await self._settled(kept, last)
+        results = await self._results(kept, last)
+        await self.journal.retire(run_id, results)
+        self.kept.pop(run_id, None)
+        for snapshot in kept.snapshots:
+            self.files.remove(snapshot.file)
+
+    def sampler_file(self, sampler_id: str) -> str:
+        return self.files.name_for(sampler_id, "frozen")
+
+    def sweep(self) -> None:
+        now = self.books.clock.now()
+        if now - self._expired_at >= _EXPIRE_EVERY_S:
+            self._expired_at = now
+            self.journal.expire_results(now - self._retention_s)
+
+    # tasks ----------------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for what is being listed, then give it up."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,229 @@
+"""How runs come back: after their group died, and after this process did. One way for both.
+
+A run is its newest whole snapshot and the commands after it, so recovery puts a RestoreCommand and those
+commands in front of whatever its log still holds, and the tick loop does the rest. What was answered
+stays answered; what was open is answered now. Knows logs, histories and promises. Does not know ticks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from twinkle_serve.control.backend import SnapshotCommand
+from twinkle_serve.control.codec import decode_command, decode_result
+from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry
+from twinkle_serve.control.keeper import UNBORN, Keeper, Kept
+from twinkle_serve.control.log import CommandLog, Entry
+from twinkle_serve.control.runs import Run
+from twinkle_serve.protocol.work import Failure
+from twinkle_serve.storage.journal import GAP, JournalEntry, RunHistory, StoredResult
+from twinkle_serve.storage.records import RunRecord, SamplerRecord
+
+logger = logging.getLogger(__name__)
+
+
+# after the group died ---------------------------------------------------------------------------------
+
+
+async def rewind(keeper: Keeper, run: Run) -> None:
+    """Nothing is left of the run in the group: what was done since its snapshot is to be done again."""
+    kept = keeper.kept.get(run.run_id)
+    if kept is None or run.record.unloaded or run.record.corrupted:
+        return
+    if run.down is not None and 0 in kept.done and not _is_pending(keeper, kept, 0):
+        return  # it never came to life, and its client knows
+    kept.is_persisting = False
+    while run.log.ready and isinstance(run.log.ready[0].command, RestoreCommand):
+        run.log.ready.popleft()
+    if not kept.snapshots and not kept.done:
+        return  # its birth is still to come
+    redo = kept.to_redo
+    entries = await _entries(keeper, run, redo)
+    if entries is None:
+        corrupt(keeper, run, "the journal does not hold all that was done since its last snapshot")
+        return
+    if kept.snapshots:
+        entries = [kept.restore_entry(keeper.files.path(kept.snapshots[0].file)), *entries]
+    kept.done = [seq_id for seq_id in kept.done if seq_id <= kept.covered]
+    run.log.rewind(entries)
+    logger.warning("run %s: %d requests since its last snapshot are done again", run.run_id, len(redo))
+
+
+async def fall_back(keeper: Keeper, run: Run, held: Sequence[RunEntry], reason: str) -> None:
+    """The newest snapshot cannot be read: go back to the one before it. ``held``: what is to follow."""
+    kept = keeper.kept[run.run_id]
+    kept.is_restoring = False
+    bad, *older = kept.snapshots
+    logger.error("run %s: snapshot %s is of no use: %s", run.run_id, bad.file, reason)
+    if older or kept.done[:1] == [0]:
+        kept.snapshots = older
+        await rewind(keeper, run)
+    else:
+        corrupt(keeper, run, f"its snapshots cannot be read: {reason}")
+    run.log.ready.extend(held)
+    run.log.go_on(keeper.books.clock.now())
+
+
+def corrupt(keeper: Keeper, run: Run, reason: str) -> None:
+    """Refuse to guess: the run is marked, and everything that is asked of it fails with the reason."""
+    logger.error("run %s is corrupted: %s", run.run_id, reason)
+    run.record = replace(run.record, corrupted=True)
+    run.down = Failure(f"run {run.run_id} could not be recovered: {reason}", "server")
+    keeper.books.runs.save(run)
+    kept = keeper.kept.get(run.run_id)
+    for request_id, _ in kept.unstored.values() if kept is not None else ():
+        keeper.books.fail(request_id, run.down)
+
+
+async def _entries(keeper: Keeper, run: Run, seq_ids: Sequence[int]) -> list[RunEntry] | None:
+    if not seq_ids:
+        return []
+    history = await keeper.journal.history(run.run_id)
+    found: dict[int, RunEntry] = {}
+    for entry in history.entries:
+        if entry.kind != GAP and entry.seq_id not in history.damaged:
+            found.setdefault(entry.seq_id, _decoded(entry))
+    if any(seq_id not in found for seq_id in seq_ids):
+        return None
+    return [found[seq_id] for seq_id in seq_ids]
+
+
+def _decoded(entry: JournalEntry) -> RunEntry:
+    command: RunCommand = decode_command(entry.payload)
+    return Entry(entry.seq_id, entry.request_id, command)
+
+
+def _is_pending(keeper: Keeper, kept: Kept, seq_id: int) -> bool:
+    request = kept.unstored.get(seq_id)
+    return request is not None and keeper.books.promises.is_pending(request[0])
+
+
+def relocate_snapshots(keeper: Keeper, base_model: str) -> None:
+    """Where the sampling snapshots of a model are now that its group has none of them."""
+    samplers = keeper.books.samplers
+    for sampler in samplers.with_snapshot():
+        record = sampler.record
+        if record.base_model == base_model:
+            name = keeper.sampler_file(record.sampler_id)
+            path = keeper.files.path(name) if keeper.files.exists(name) else None
+            samplers.relocate(sampler, path, _will_be_made(keeper, record))
+
+
+def _will_be_made(keeper: Keeper, record: SamplerRecord) -> bool:
+    run = keeper.books.runs.find(record.run_id or "")
+    return run is not None and any(
+        isinstance(entry.command, SnapshotCommand) and entry.seq_id == record.seq_id
+        for entry in run.log.ready
+    )
+
+
+# after this process died ------------------------------------------------------------------------------
+
+
+def restore(keeper: Keeper) -> list[Run]:
+    """Take in what the journal remembers, before anything new comes. Returns the runs that have work."""
+    histories = keeper.journal.histories()
+    _restore_results(keeper, histories)
+    files = [sampler.record.sampler_id for sampler in keeper.books.samplers.with_snapshot()]
+    keep = [keeper.sampler_file(sampler_id) for sampler_id in files]
+    busy = []
+    for run_id, history in histories.items():
+        keep += [snapshot.file for snapshot in history.snapshots]
+        run = keeper.books.runs.find(run_id)
+        if run is None:
+            logger.error("the journal has rows of a run %r that does not exist", run_id)
+        elif history.entries or history.snapshots or history.damaged:
+            _restore_run(keeper, run, history)
+            if any(not isinstance(entry.command, RestoreCommand) for entry in run.log.ready):
+                busy.append(run)
+    keeper.files.sweep(keep)
+    return busy
+
+
+def _restore_results(keeper: Keeper, histories: dict[str, RunHistory]) -> None:
+    results = [result for history in histories.values() for result in history.results]
+    for result in sorted(results, key=lambda result: result.settled_at):
+        run = keeper.books.runs.find(result.run_id)
+        if run is not None:
+            _restore_result(keeper, run, result)
+
+
+def _restore_result(keeper: Keeper, run: Run, result: StoredResult) -> None:
+    promises = keeper.books.promises
+    seq_id = result.seq_id if result.numbered else None
+    promises.reopen(result.request_id, run.tenant, ("run", run.run_id, seq_id))
+    value, failure = decode_result(result.payload)
+    if failure is not None:
+        promises.fail(result.request_id, failure, result.settled_at)
+    else:
+        promises.resolve(result.request_id, value, result.settled_at)
+    _remember(keeper, run, result.seq_id, result.request_id, result.numbered)
+
+
+def _remember(keeper: Keeper, run: Run, seq_id: int, request_id: str, numbered: bool) -> None:
+    """Recognise the request when it comes again."""
+    if seq_id == 0:
+        session = keeper.books.sessions.get(run.tenant, run.record.session_id)
+        session.models[run.record.model_seq_id] = (run.run_id, request_id)
+    elif numbered:
+        run.log.remember(seq_id, request_id)
+
+
+def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
+    # With a damaged row only the newest snapshot may still be followed by all that came after it.
+    snapshots = history.snapshots[: 1 if history.damaged else 2]
+    kept = keeper.kept[run.run_id] = Kept(run, snapshots=snapshots)
+    # Its unload is among the entries, or it would have been retired; until then it is alive.
+    run.record = _alive(run.record)
+    run.log = _replayed_log(keeper, kept, run.log, history)
+    if any(seq_id == UNBORN or seq_id > kept.covered for seq_id in history.damaged):
+        corrupt(keeper, run, "what it was asked to do is damaged in the journal")
+    if run.record.corrupted:
+        return
+    while run.log.ready and run.log.ready[0].seq_id <= kept.covered:
+        kept.done.append(run.log.ready.popleft().seq_id)
+    if kept.snapshots:
+        run.down = None
+        run.log.rewind([kept.restore_entry(keeper.files.path(kept.snapshots[0].file))])
+
+
+def _replayed_log(
+    keeper: Keeper, kept: Kept, blank: CommandLog[RunCommand], history: RunHistory
+) -> CommandLog[RunCommand]:
+    """The log as it was: a log is what came, in the order in which it came, and nothing else."""
+    start = kept.snapshots[-1].covered if kept.snapshots else UNBORN
+    log = blank.restarted(max(start, 0) + 1)
+    now = keeper.books.clock.now()
+    for entry in history.entries:
+        if entry.kind == GAP:
+            failures = log.give_up()
+        elif entry.seq_id > start:
+            failures = _take_in(keeper, kept, log, entry, now)
+        else:
+            continue
+        for request_id, failure in failures:
+            keeper.books.fail(request_id, failure)
+    return log
+
+
+def _take_in(
+    keeper: Keeper, kept: Kept, log: CommandLog[RunCommand], entry: JournalEntry, now: float
+) -> list[tuple[str, Failure]]:
+    run, request_id = kept.run, entry.request_id
+    if keeper.books.promises.settled(request_id) is None:
+        seq_id = entry.seq_id if entry.numbered else None
+        keeper.books.promises.reopen(request_id, run.tenant, ("run", run.run_id, seq_id))
+        kept.unstored.setdefault(entry.seq_id, (request_id, entry.numbered))
+    _remember(keeper, run, entry.seq_id, request_id, entry.numbered)
+    command = decode_command(entry.payload)
+    if isinstance(command, BirthCommand):
+        log.prepend(request_id, command)
+        return []
+    failure = log.append(entry.seq_id if entry.numbered else None, request_id, command, now)
+    return [] if failure is None else [(request_id, failure)]
+
+
+def _alive(record: RunRecord) -> RunRecord:
+    return replace(record, unloaded=False)

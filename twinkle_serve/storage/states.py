@@ -1,0 +1,46 @@
+"""Where the files of runs and sampling snapshots lie, which the service itself keeps to survive a crash.
+
+Knows names below the storage root. Does not know what is in a file (engine/state_files.py) or when one is
+written. Users' checkpoints are elsewhere (catalog.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from urllib.parse import quote
+
+from twinkle_serve.storage.checkpoints import STATE_SUFFIX
+
+_log = logging.getLogger(__name__)
+
+
+class StateFiles:
+    """Files below ``root/runs``, by plain names."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._directory = Path(root).absolute() / "runs"
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def name_for(self, owner: str, detail: str) -> str:
+        """A file name for any two texts, different for different ones. At most 255 bytes."""
+        return f"{quote(owner, safe='')}.{quote(detail, safe='')}{STATE_SUFFIX}"
+
+    def path(self, name: str) -> str:
+        return str(self._directory / name)
+
+    def exists(self, name: str) -> bool:
+        return (self._directory / name).exists()
+
+    def remove(self, name: str) -> None:
+        """Nothing happens if it is gone."""
+        (self._directory / name).unlink(missing_ok=True)
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Remove what nobody knows any more, and what a killed writer left; for the start."""
+        wanted = set(keep)
+        for path in self._directory.iterdir():
+            if path.name not in wanted:
+                _log.info("removing %s: nothing refers to it", path.name)
+                path.unlink(missing_ok=True)
