@@ -183,11 +183,29 @@ class Backend(Protocol):
         """Returns (request id, one sequence id per sample). Deduped on (sampler_id, seq_id)."""
         ...
 
+    async def sample_model(
+        self,
+        tenant: str,
+        base_model: str | None,
+        model_path: str | None,
+        request: SampleRequest,
+        stream: bool,
+    ) -> str:
+        """One sample of a base model or a checkpoint, without a sampling session. Returns the request id.
+        ``stream``: it can be followed while it grows."""
+        ...
+
     async def cancel(self, tenant: str, request_id: str) -> None: ...
 
     # promises -------------------------------------------------------------------------------------
     async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
         """Waits up to ``timeout_s`` for the result. A result can be polled again until retention ends."""
+        ...
+
+    async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
+        """Like ``poll``, but a streamed sample also answers as soon as there is news: a pending Poll then
+        holds a tuple of SampleDelta in ``value``, all but the first ``after`` that ever came. A finished one
+        has the whole result."""
         ...
 
     # management -----------------------------------------------------------------------------------
