@@ -1,7 +1,7 @@
 """Results as the bytes a client expects: protobuf for those that accept it, JSON otherwise.
 
-JSON here never holds NaN, Infinity or an ``error`` key, each of which the SDK takes for a failure. Knows
-the two encodings. Does not know promises.
+JSON here never holds NaN or Infinity, which the SDK cannot parse, nor fields that are null: a null ``error``
+is a failure to it, and a null ``path`` a path. Knows the two encodings. Does not know promises.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def object_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """A plain result. One of numbers only is the metrics of an optimizer step."""
     if value and all(isinstance(item, int | float) for item in value.values()):
         value = {"metrics": value}
-    return {key: _finite(item) for key, item in value.items() if item is not None and key != "error"}
+    return {key: _finite(item) for key, item in value.items() if item is not None}
 
 
 def _finite(value: Any) -> Any:
