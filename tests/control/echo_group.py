@@ -62,8 +62,8 @@ class EchoGroup:
         self.snapshots: dict[str, History] = {}
         self.active: dict[str, ActiveSample] = {}
         self.ticks: list[Tick] = []
-        self.late_saves: list[Outcome] = []
-        self.delay_saves = False
+        self.late_saves: list[tuple[int, Outcome]] = []
+        self.delay_saves = 0  # how many ticks later a save is answered
         self.files: dict[str, History] = {}
         self.writing: list[tuple[str | None, str, History]] = []
         self.on_disk = False
@@ -101,8 +101,9 @@ class EchoGroup:
         for step in tick.optim_steps:
             self._slot(step.slot).history.append(f"optim {step.params.learning_rate:g}")
             yield Outcome(step.request_id, {"history": tuple(self._slot(step.slot).history)})
-        late, self.late_saves = self.late_saves, []
-        for outcome in late:
+        due = [outcome for tick_id, outcome in self.late_saves if tick_id <= tick.tick_id]
+        self.late_saves = [late for late in self.late_saves if late[0] > tick.tick_id]
+        for outcome in due:
             yield outcome
         for save in tick.saves:
             self.stored[save.directory] = tuple(self._slot(save.slot).history)
@@ -110,7 +111,7 @@ class EchoGroup:
                 write_checkpoint(save.directory, {"adapter": b"1"}, save.manifest)
             outcome = Outcome(save.request_id, 100 + len(self._slot(save.slot).history))
             if self.delay_saves:
-                self.late_saves.append(outcome)
+                self.late_saves.append((tick.tick_id + self.delay_saves, outcome))
             else:
                 yield outcome
         self._crash(tick, "save")

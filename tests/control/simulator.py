@@ -56,7 +56,7 @@ def simulate(seed: int, crashes: bool = False) -> Report:
 
 async def _simulate(rng: random.Random, crashes: bool) -> Report:
     group = EchoGroup(max_slots=rng.randint(1, 4), pass_s=rng.choice([0.001, 0.05, 1.0]))
-    group.delay_saves = rng.random() < 0.3
+    group.delay_saves = rng.choice([0, 0, 0, 1, 3])
     if crashes:
         group.crash_when = lambda tick, phase: rng.random() < 0.01
     config = make_config(

@@ -81,15 +81,15 @@ async def test_a_lost_group_loses_samples_which_clients_submit_again(tmp_path):
 
 
 @virtual
-async def test_a_group_that_dies_while_it_only_decodes_is_rebuilt_at_once(tmp_path):
+async def test_a_group_that_dies_without_work_is_rebuilt_at_once(tmp_path):
     group = EchoGroup()
+    group.delay_saves = 50
     async with control_plane(tmp_path, group) as plane:
         client = await Client(plane).open()
-        sampler = await plane.create_sampler(TENANT, client.session, 0, "base", None)
-        sample = await client.sample(sampler, max_tokens=1000)
-        await asyncio.sleep(1)
-        group.crash_when = lambda tick, phase: group.rebuilds == 0 and phase == "decode"
-        assert (await client.poll(sample)).state == "gone"
+        save = await client.submit(await client.create(), 1, SaveCommand("weights", "n"))
+        await asyncio.sleep(0.5)
+        group.crash_when = lambda tick, phase: group.rebuilds == 0
+        assert (await client.failure(save)).category == "server"
         await asyncio.sleep(10)
         assert await plane.healthy()
 

@@ -36,6 +36,8 @@ def test_the_newest_of_each_run_stay(samplers):
     with pytest.raises(NotFound, match="only the newest 2"):
         samplers.usable("alice", ids(0)[0])
     samplers.get("alice", ids(0)[0])
+    add(samplers, 4)
+    assert samplers.evict("base") == ids(2)
 
 
 def test_requests_in_flight_keep_a_snapshot_but_no_new_ones_come(samplers):

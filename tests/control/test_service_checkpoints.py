@@ -53,7 +53,7 @@ async def test_overwriting_replaces_the_record_wholly(tmp_path):
 @virtual
 async def test_a_load_waits_for_the_save_that_it_reads(tmp_path):
     group = EchoGroup()
-    group.delay_saves = True
+    group.delay_saves = 5
     async with control_plane(tmp_path, group) as plane:
         client = await Client(plane).open()
         run = await client.create()
