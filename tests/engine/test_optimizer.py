@@ -137,6 +137,17 @@ def test_many_adapters_at_once_equal_each_alone_bitwise() -> None:
         assert all(torch.equal(x, y) for x, y in zip(blocks, copy, strict=True))
 
 
+def test_clipping_is_that_of_clip_grad_norm_where_its_epsilon_counts() -> None:
+    """Seen in the first moment, because the step itself hardly depends on the gradient's size."""
+    blocks = fresh(1, 4)
+    blocks.grads.copy_(torch.tensor([[3e-6, 0.0, 4e-6, 0.0]]))
+    parameter = torch.nn.Parameter(blocks.weights.clone())
+    parameter.grad = blocks.grads.clone()
+    torch.nn.utils.clip_grad_norm_([parameter], 1e-6)
+    adamw_steps([blocks.due(0, AdamParams(beta1=0.5, grad_clip_norm=1e-6))])
+    torch.testing.assert_close(blocks.exp_avg, 0.5 * parameter.grad, rtol=1e-6, atol=0)
+
+
 def test_metrics_report_the_norm_before_clipping_and_the_learning_rate() -> None:
     blocks = fresh(1, 4)
     blocks.grads.copy_(torch.tensor([[3.0, 0.0, 4.0, 0.0]]))
