@@ -204,6 +204,36 @@ def test_steps_of_several_runs_are_each_their_own(moe: Engine) -> None:
         assert same(blocks(moe, slot), together)
 
 
+def test_on_a_bfloat16_base_every_change_of_the_weights_is_seen(
+    engine_for: EngineFactory, tiny_moe: Path, tmp_path: Path
+) -> None:
+    """The weights are float32, what the products read is a copy; a page-in always makes a new one."""
+    engine = engine_for(tiny_moe, dtype="bfloat16")
+
+    def logprobs() -> list[float]:
+        before = forward_backward(engine, 0, batch_of(1, 6), backward=False).logprobs.values.tolist()
+        page_out(engine, 0, "run0")
+        page_in(engine, 0, "run0")
+        after = forward_backward(engine, 0, batch_of(1, 6), backward=False).logprobs.values.tolist()
+        assert before == after
+        return before
+
+    seen = []
+    create(engine, 0, LoraSpec(rank=4, seed=1))
+    for _ in range(3):
+        seen.append(logprobs())
+        forward_backward(engine, 0, batch_of(2, 6))
+        optim_step(engine, 0)
+    value(run(engine, saves=(SaveAdapter("s", 0, str(tmp_path / "c"), True, {}),))["s"])
+    seen.append(logprobs())
+    forward_backward(engine, 0, batch_of(2, 6))
+    optim_step(engine, 0)
+    seen.append(logprobs())
+    assert len({tuple(found) for found in seen}) == 5
+    value(run(engine, loads=(LoadAdapter("l", "run0", 0, str(tmp_path / "c"), True),))["l"])
+    assert logprobs() == seen[3]
+
+
 def test_sampling_from_a_checkpoint_is_sampling_from_its_weights(moe: Engine, tmp_path: Path) -> None:
     create(moe, 0, LoraSpec(rank=4, seed=1), moved=True)
     value(run(moe, saves=(SaveAdapter("s", 0, str(tmp_path / "c"), False, {}),))["s"])

@@ -159,7 +159,7 @@ def test_a_mixed_microbatch_equals_each_pass_alone(moe: Engine) -> None:
         alone = run_passes(moe, [item])[item.request_id]
         logprobs, metrics = numbers(together[item.request_id])
         np.testing.assert_allclose(logprobs, numbers(alone)[0], rtol=1e-6)
-        assert metrics == pytest.approx(numbers(alone)[1], rel=1e-6, abs=1e-6)
+        assert metrics == pytest.approx(numbers(alone)[1], rel=1e-6, abs=1e-5)
     for slot, grad in enumerate(grads):
         expected = moe.pool.blocks(slot)[1]
         assert float((grad - expected).norm()) <= 1e-6 * float(expected.norm())
@@ -291,7 +291,7 @@ def test_out_of_memory_is_split_and_retried(moe: Engine, monkeypatch: pytest.Mon
     assert max(memory.sizes) > 12
     for name in expected:
         np.testing.assert_allclose(numbers(found[name])[0], numbers(expected[name])[0], rtol=2e-6)
-        assert numbers(found[name])[1] == pytest.approx(numbers(expected[name])[1], rel=1e-6, abs=1e-6)
+        assert numbers(found[name])[1] == pytest.approx(numbers(expected[name])[1], rel=1e-6, abs=1e-5)
     for slot, grad in enumerate(grads):
         assert float((grad - moe.pool.blocks(slot)[1]).norm()) <= 1e-6 * float(grad.norm())
 
