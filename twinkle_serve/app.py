@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 
 from twinkle_serve.config import Config, load_config
 
@@ -27,6 +29,7 @@ def build_app(config: Config | dict[str, Any] | str | Path) -> Application:
         config = load_config(config)
     elif isinstance(config, dict):
         config = Config.model_validate(config).resolved(Path.cwd())
+    config = _as_bound(config)
 
     def asgi_app() -> Any:
         return ingress_app(config)
@@ -39,8 +42,23 @@ def build_app(config: Config | dict[str, Any] | str | Path) -> Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"enable_access_log": False},
     )
     return ingress.bind()
+
+
+def _as_bound(config: Config) -> Config:
+    """The configuration with the address that a running Serve really listens on.
+
+    ``serve deploy`` and ``serve run`` choose it outside of our configuration. Raises ValueError where
+    ``auth.mode: open`` would let the network in.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is None:
+        return config
+    tree = config.model_dump()
+    tree["http"] |= {"host": client.http_config.host, "port": client.http_config.port}
+    return Config.model_validate(tree)
 
 
 def ingress_app(config: Config) -> Any:

@@ -28,7 +28,9 @@ class StandinEngine:
         return self.info.tokenizer_id != "broken"
 
     def close(self) -> None:
-        Path(self.info.tokenizer_id).with_suffix(".closed").touch()
+        path = Path(self.info.tokenizer_id)
+        if path.is_absolute():
+            path.with_suffix(".closed").touch()
 
     def run(self, tick: Tick) -> Iterator[Outcome | TickReport]:
         for request_id in self._unsaved:
