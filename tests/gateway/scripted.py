@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twinkle_serve.control.backend import Command, NotFound, Poll, RunInfo
-from twinkle_serve.protocol.data import LoraSpec, SampleRequest
+from twinkle_serve.protocol.data import LoraSpec, SampleDelta, SampleRequest
 from twinkle_serve.protocol.work import Failure, ModelInfo
 
 MODEL = ModelInfo(
@@ -41,6 +41,7 @@ class ScriptedBackend:
     checkpoints: list[Mapping[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
+    deltas: list[SampleDelta] = field(default_factory=list)
     is_healthy: bool = True
     error: Exception | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -173,6 +174,13 @@ class ScriptedBackend:
         request_id = self._once("sample", sampler_id, seq_id)
         return request_id, [f"{request_id}.{index}" for index in range(count)]
 
+    async def sample_model(
+        self, tenant: str, base_model: str | None, path: str | None, request: SampleRequest, stream: bool
+    ) -> str:
+        self._note("sample_model", tenant, base_model, path, request, stream)
+        self.samples.append(request)
+        return self._once("sample", len(self.samples))
+
     async def cancel(self, tenant: str, request_id: str) -> None:
         self._note("cancel", tenant, request_id)
 
@@ -190,6 +198,12 @@ class ScriptedBackend:
                 return Poll("pending", queue_state="paused_capacity", queue_reason="position 3")
         found = self.polls[request_id]
         return found if found is not None else Poll("pending")
+
+    async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
+        self._note("follow", tenant, request_id, after)
+        if self.deltas[after:]:
+            return Poll("pending", value=tuple(self.deltas[after:]))
+        return await self.poll(tenant, request_id, timeout_s)
 
     # management -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from twinkle_serve.gateway.context import Gateway, itself
 from twinkle_serve.gateway.http import install_error_handlers
 from twinkle_serve.gateway.identity import Identity, create_identity
 from twinkle_serve.gateway.links import Links
+from twinkle_serve.gateway.openai.app import create_openai_app
 
 PREFIX = "/api/v1"
 
@@ -39,15 +40,17 @@ def create_app(
     signing_secret: signs download links; all replicas need the same. None: a random one.
     """
     app = FastAPI(title="Twinkle Serve", version=__version__, docs_url="/docs", redoc_url=None)
-    app.state.gateway = Gateway(
+    gateway = Gateway(
         backend_provider=backend_provider,
         config=config,
         identity=identity or create_identity(config.auth),
         links=Links(signing_secret or secrets.token_bytes(32)),
         resolve=resolve,
     )
+    app.state.gateway = gateway
     install_error_handlers(app)
     # Routes are tried in this order, so what is asked most often comes first.
     for part in (futures, sampling, training, sessions, service, runs, checkpoints, downloads):
         app.include_router(part.router, prefix=PREFIX)
+    app.mount("/v1", create_openai_app(gateway, __version__))
     return app
