@@ -28,7 +28,7 @@ from tests.engine.ticks import (
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.slots import initialize
-from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.protocol.data import DatumBatch, LoraSpec
 from twinkle_serve.protocol.work import (
     AdapterRef,
     CreateAdapter,
@@ -46,8 +46,8 @@ from twinkle_serve.protocol.work import (
 )
 
 
-def batch_of(seed: int, *lengths: int, loss: str = "cross_entropy"):  # type: ignore[no-untyped-def]
-    return random_batch(np.random.default_rng(seed), lengths, loss)
+def batch_of(seed: int, *lengths: int) -> DatumBatch:
+    return random_batch(np.random.default_rng(seed), lengths)
 
 
 def blocks(engine: Engine, slot: int) -> list[torch.Tensor]:
