@@ -14,7 +14,7 @@ import numpy.typing as npt
 from twinkle_serve.engine.draw import StopRule
 from twinkle_serve.engine.kv_cache import Rows
 from twinkle_serve.engine.slots import Adapter
-from twinkle_serve.protocol.data import SampledSequence, SampleDelta, SampleRequest, SampleResult, TopK
+from twinkle_serve.protocol.data import SampleDelta, SampledSequence, SampleRequest, SampleResult, TopK
 from twinkle_serve.protocol.work import Sample
 
 EMPTY_TOPK = (0, -99999.0)
