@@ -173,7 +173,7 @@ class EchoGroup:
         return Outcome(load.request_id)
 
     def _restore(self, restore: RestoreRun) -> Outcome:
-        assert self.slots[restore.slot] is None, "a slot was not empty"
+        assert self.slots[restore.slot] is None, ("a slot was not empty", restore, self.slots, self.ticks[-2:])
         if restore.path not in self.files:
             return Outcome(restore.request_id, failure=Failure("the file is damaged"))
         self.slots[restore.slot] = Slot(restore.run_id, list(self.files[restore.path]))

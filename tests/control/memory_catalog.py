@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from twinkle_serve.storage.catalog import Contents
 
 
 class MemoryCatalog:
-    """storage.catalog.Catalog whose rows nobody reads again."""
+    """storage.catalog.Catalog that forgets when it is dropped."""
 
     def __init__(self) -> None:
-        self.num_writes = 0
+        self._sessions: dict[Any, Any] = {}
+        self._runs: dict[Any, Any] = {}
+        self._samplers: dict[Any, Any] = {}
+        self._checkpoints: dict[Any, Any] = {}
 
-    def put(self, record: Any) -> None:
-        self.num_writes += 1
+    def put_session(self, record: Any) -> None:
+        self._sessions[record.session_id] = record
 
-    put_session = put_run = put_sampler = put_checkpoint = put
+    def put_run(self, record: Any) -> None:
+        self._runs[record.run_id] = record
+
+    def put_sampler(self, record: Any) -> None:
+        self._samplers[record.sampler_id] = record
+
+    def put_checkpoint(self, record: Any) -> None:
+        self._checkpoints[record.run_id, record.kind, record.name] = record
 
     def delete_checkpoint(self, run_id: str, kind: str, name: str) -> None:
-        self.num_writes += 1
+        del self._checkpoints[run_id, kind, name]
 
     def set_checkpoint(self, run_id: str, kind: str, name: str, **changes: Any) -> None:
-        self.num_writes += 1
+        key = run_id, kind, name
+        self._checkpoints[key] = replace(self._checkpoints[key], **changes)
 
     def load_all(self) -> Contents:
-        return Contents((), (), (), ())
+        tables = (self._sessions, self._runs, self._samplers, self._checkpoints)
+        return Contents(*(tuple(table.values()) for table in tables))
 
     def directory_for(self, run_id: str, kind: str, name: str) -> str:
         return f"/nowhere/{run_id}/{kind}/{name}"

@@ -190,7 +190,7 @@ class RandomRun:
             if self.sent[seq_id].kind in ("pass", "forward"):
                 assert value == history, (self.run_id, seq_id)
             elif self.sent[seq_id].kind == "optim":
-                assert value == {"history": history}, (self.run_id, seq_id)
+                assert value == {"history": history}, (self.run_id, seq_id, value, history)
 
     def _history(self) -> dict[int, tuple[str, ...]]:
         """What the run holds after each command that succeeded, if these and no others were applied."""

@@ -205,8 +205,8 @@ class Assembler:
         match command:
             case RejectedCommand(failure):
                 raise _Refused(failure)
-            case RestoreCommand(path=path):
-                return self._restore(assembly, run, request_id, path)
+            case RestoreCommand():
+                return self._restore(assembly, run, request_id, command)
             case BirthCommand(path=None):
                 return self._birth(assembly, run, request_id)
             case BirthCommand(path=str(path), optimizer=optimizer) | LoadCommand(path, optimizer):
@@ -364,16 +364,16 @@ class Assembler:
         path = None if keeper is None else keeper.files.path(keeper.sampler_file(sampler_id))
         return lambda slot: assembly.snapshots.append(Snapshot(request_id, slot, sampler_id, path))
 
-    def _restore(self, assembly: Assembly, run: Run, request_id: str, path: str) -> Place:
+    def _restore(self, assembly: Assembly, run: Run, request_id: str, command: RestoreCommand) -> Place:
         keeper = self._keeper
         assert keeper is not None
 
         def failed(failure: Failure) -> None:
             self.park(run.run_id)
-            keeper.not_restored(run, failure.message)
+            keeper.not_restored(run, command.covered, failure.message)
 
         assembly.flights[request_id] = Flight(request_id, lambda _: keeper.restored(run), failed)
-        return lambda slot: assembly.restores.append(RestoreRun(request_id, run.run_id, slot, path))
+        return lambda slot: assembly.restores.append(RestoreRun(request_id, run.run_id, slot, command.path))
 
     def _is_over(self, request_id: str) -> bool:
         return self._keeper is not None and self._keeper.is_over(request_id)

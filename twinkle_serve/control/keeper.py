@@ -97,12 +97,13 @@ class Durability:
 @dataclass(slots=True)
 class Kept:
     """One run. done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at
-    most two. unstored: requests whose results the journal does not have, with their ids and whether the
+    most two; bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal does not have, with their ids and whether the
     client numbered them. dirty_since: when the oldest change that no snapshot covers was made."""
 
     run: Run
     done: list[int] = field(default_factory=list)
     snapshots: list[StoredSnapshot] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
     unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
     num_steps: int = 0
     dirty_since: float | None = None
@@ -208,7 +209,7 @@ class Keeper:
         if isinstance(entry.command, RestoreCommand):
             return
         kept.done.append(entry.seq_id)
-        if kept.dirty_since is None:
+        if kept.dirty_since is None and entry.seq_id > kept.covered:
             kept.dirty_since = self.books.clock.now()
         match entry.command:
             case OptimCommand():
@@ -224,6 +225,7 @@ class Keeper:
             run_id
             for run_id, kept in self.kept.items()
             if kept.dirty_since is not None
+            and kept.executed > kept.covered
             and kept.run.record.base_model == base_model
             and kept.run.down is None
             and not kept.is_persisting
@@ -267,7 +269,8 @@ class Keeper:
             older = kept.snapshots[:1]
             dropped = kept.snapshots[1:]
             drop_until = older[0].covered if older else UNBORN
-            await self.journal.cover(snapshot, results, drop_until, [s.covered for s in dropped])
+            gone = [*kept.bad, *(old.covered for old in dropped)]
+            await self.journal.cover(snapshot, results, drop_until, gone)
         except Fenced:
             self._fenced()
             return
@@ -280,7 +283,7 @@ class Keeper:
             kept.unstored.pop(result.seq_id, None)
         if older and older[0].covered == snapshot.covered:
             dropped, older = [*dropped, *older], []
-        kept.snapshots = [snapshot, *older]
+        kept.snapshots, kept.bad = [snapshot, *older], []
         kept.done = [seq_id for seq_id in kept.done if seq_id > (older[0].covered if older else UNBORN)]
         kept.is_persisting = False
         for old in dropped:
@@ -324,8 +327,13 @@ class Keeper:
     def restored(self, run: Run) -> None:
         self.kept[run.run_id].is_restoring = False
 
-    def not_restored(self, run: Run, reason: str) -> None:
+    def not_restored(self, run: Run, covered: int, reason: str) -> None:
         """The file is damaged: nothing of the run may be done until an older one is in its place."""
+        logger.error("the snapshot of run %s at %d is of no use: %s", run.run_id, covered, reason)
+        kept = self.kept[run.run_id]
+        kept.is_restoring = False
+        kept.bad.append(covered)
+        kept.snapshots = [snapshot for snapshot in kept.snapshots if snapshot.covered != covered]
         self._start(self.unreadable(run, run.log.hold(), reason))
 
     # idle and finished runs -----------------------------------------------------------------------

@@ -122,6 +122,10 @@ class CommandLog(Generic[C]):
         """These, which were taken from ``ready`` before, come once more, in front of all others."""
         self.ready.extendleft(reversed(entries))
 
+    @property
+    def is_held(self) -> bool:
+        return self._is_held
+
     def hold(self) -> list[Entry[C]]:
         """Let nothing become ready until ``go_on``; what was."""
         entries, self._is_held = list(self.ready), True

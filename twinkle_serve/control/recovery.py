@@ -30,11 +30,15 @@ logger = logging.getLogger(__name__)
 async def rewind(keeper: Keeper, run: Run) -> None:
     """Nothing is left of the run in the group: what was done since its snapshot is to be done again."""
     kept = keeper.kept.get(run.run_id)
-    if kept is None or run.record.unloaded or run.record.corrupted:
-        return
+    if kept is None or run.record.unloaded or run.record.corrupted or run.log.is_held:
+        return  # what holds the log is fall_back, which does the same
+    await _rewind(keeper, kept)
+
+
+async def _rewind(keeper: Keeper, kept: Kept) -> None:
+    run = kept.run
     if run.down is not None and 0 in kept.done and not _is_pending(keeper, kept, 0):
         return  # it never came to life, and its client knows
-    kept.is_persisting = False
     while run.log.ready and isinstance(run.log.ready[0].command, RestoreCommand):
         run.log.ready.popleft()
     if not kept.snapshots and not kept.done:
@@ -54,12 +58,8 @@ async def rewind(keeper: Keeper, run: Run) -> None:
 async def fall_back(keeper: Keeper, run: Run, held: Sequence[RunEntry], reason: str) -> None:
     """The newest snapshot cannot be read: go back to the one before it. ``held``: what is to follow."""
     kept = keeper.kept[run.run_id]
-    kept.is_restoring = False
-    bad, *older = kept.snapshots
-    logger.error("run %s: snapshot %s is of no use: %s", run.run_id, bad.file, reason)
-    if older or kept.done[:1] == [0]:
-        kept.snapshots = older
-        await rewind(keeper, run)
+    if kept.snapshots or kept.done[:1] == [0]:
+        await _rewind(keeper, kept)
     else:
         corrupt(keeper, run, f"its snapshots cannot be read: {reason}")
     run.log.ready.extend(held)
@@ -70,11 +70,15 @@ def corrupt(keeper: Keeper, run: Run, reason: str) -> None:
     """Refuse to guess: the run is marked, and everything that is asked of it fails with the reason."""
     logger.error("run %s is corrupted: %s", run.run_id, reason)
     run.record = replace(run.record, corrupted=True)
-    run.down = Failure(f"run {run.run_id} could not be recovered: {reason}", "server")
+    run.down = _corrupted(run, reason)
     keeper.books.runs.save(run)
     kept = keeper.kept.get(run.run_id)
     for request_id, _ in kept.unstored.values() if kept is not None else ():
         keeper.books.fail(request_id, run.down)
+
+
+def _corrupted(run: Run, reason: str) -> Failure:
+    return Failure(f"run {run.run_id} could not be recovered: {reason}", "server")
 
 
 async def _entries(keeper: Keeper, run: Run, seq_ids: Sequence[int]) -> list[RunEntry] | None:
@@ -123,12 +127,12 @@ def _will_be_made(keeper: Keeper, record: SamplerRecord) -> bool:
 
 
 def restore(keeper: Keeper) -> list[Run]:
-    """Take in what the journal remembers, before anything new comes. Returns the runs that have work."""
+    """Take in what the journal remembers, before anything new comes. Returns the runs that came back."""
     histories = keeper.journal.histories()
     _restore_results(keeper, histories)
     files = [sampler.record.sampler_id for sampler in keeper.books.samplers.with_snapshot()]
     keep = [keeper.sampler_file(sampler_id) for sampler_id in files]
-    busy = []
+    runs = []
     for run_id, history in histories.items():
         keep += [snapshot.file for snapshot in history.snapshots]
         run = keeper.books.runs.find(run_id)
@@ -136,10 +140,14 @@ def restore(keeper: Keeper) -> list[Run]:
             logger.error("the journal has rows of a run %r that does not exist", run_id)
         elif history.entries or history.snapshots or history.damaged:
             _restore_run(keeper, run, history)
-            if any(not isinstance(entry.command, RestoreCommand) for entry in run.log.ready):
-                busy.append(run)
+            runs.append(run)
     keeper.files.sweep(keep)
-    return busy
+    return runs
+
+
+def has_work(run: Run) -> bool:
+    """Whether the group should see the run now: one that is only to be restored comes when it is needed."""
+    return any(not isinstance(entry.command, RestoreCommand) for entry in run.log.ready)
 
 
 def _restore_results(keeper: Keeper, histories: dict[str, RunHistory]) -> None:
@@ -181,6 +189,7 @@ def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
     if any(seq_id == UNBORN or seq_id > kept.covered for seq_id in history.damaged):
         corrupt(keeper, run, "what it was asked to do is damaged in the journal")
     if run.record.corrupted:
+        run.down = _corrupted(run, "it is damaged")
         return
     while run.log.ready and run.log.ready[0].seq_id <= kept.covered:
         kept.done.append(run.log.ready.popleft().seq_id)
@@ -195,12 +204,11 @@ def _replayed_log(
     """The log as it was: a log is what came, in the order in which it came, and nothing else."""
     start = kept.snapshots[-1].covered if kept.snapshots else UNBORN
     log = blank.restarted(max(start, 0) + 1)
-    now = keeper.books.clock.now()
     for entry in history.entries:
         if entry.kind == GAP:
             failures = log.give_up()
         elif entry.seq_id > start:
-            failures = _take_in(keeper, kept, log, entry, now)
+            failures = _take_in(keeper, kept, log, entry)
         else:
             continue
         for request_id, failure in failures:
@@ -209,7 +217,7 @@ def _replayed_log(
 
 
 def _take_in(
-    keeper: Keeper, kept: Kept, log: CommandLog[RunCommand], entry: JournalEntry, now: float
+    keeper: Keeper, kept: Kept, log: CommandLog[RunCommand], entry: JournalEntry
 ) -> list[tuple[str, Failure]]:
     run, request_id = kept.run, entry.request_id
     if keeper.books.promises.settled(request_id) is None:
@@ -221,7 +229,7 @@ def _take_in(
     if isinstance(command, BirthCommand):
         log.prepend(request_id, command)
         return []
-    failure = log.append(entry.seq_id if entry.numbered else None, request_id, command, now)
+    failure = log.append(entry.seq_id if entry.numbered else None, request_id, command, entry.accepted_at)
     return [] if failure is None else [(request_id, failure)]
 
 

@@ -19,7 +19,7 @@ from twinkle_serve.control.backend import Command, Invalid, NotFound, Poll, RunI
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.checkpoints import key_of, path_of
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
-from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunEntry
+from twinkle_serve.control.commands import BirthCommand, RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.flights import Flight
 from twinkle_serve.control.group import Group, GroupLost
@@ -84,8 +84,9 @@ class ControlPlane:
         if self._keeper is not None:
             for run in recovery.restore(self._keeper):
                 if run.record.base_model in self._drivers:
-                    self._drivers[run.record.base_model].ready(run)
                     self._watch_gap(run)
+                    if recovery.has_work(run):
+                        self._drivers[run.record.base_model].ready(run)
             for base_model in self._drivers:
                 recovery.relocate_snapshots(self._keeper, base_model)
         for driver in self._drivers.values():
@@ -113,7 +114,7 @@ class ControlPlane:
             await recovery.rewind(self._keeper, run)
         recovery.relocate_snapshots(self._keeper, driver.base_model)
         for run in runs:
-            if any(not isinstance(entry.command, RestoreCommand) for entry in run.log.ready):
+            if recovery.has_work(run):
                 driver.ready(run)
 
     async def _fall_back(self, run: Run, held: list[RunEntry], reason: str) -> None:
@@ -219,6 +220,7 @@ class ControlPlane:
             run = self._books.runs.get(tenant, run_id)
             if not self._was_never_accepted(run):
                 return self._failed(tenant, run.down)
+            run.log = run.log.restarted(1)
             return await self._bear(session, run, birth)
         self._check_room()
         record = RunRecord(
