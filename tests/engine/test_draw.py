@@ -244,6 +244,12 @@ def test_the_real_tokenizer_finds_a_stop_string_wherever_its_tokens_begin(tiny_q
         assert stop not in tokenizer.decode(tokens[: kept - 1])
 
 
+def test_a_stop_string_may_begin_with_the_space_that_decoders_drop_at_the_start() -> None:
+    """SentencePiece tokenizers drop the space of the first token they decode."""
+    rule = StopRule(SamplingParams(stop_strings=(" ",)), lambda tokens: decode(tokens).removeprefix(" "))
+    assert first_end(rule, [0, 2, 7, 0]) == 3
+
+
 def test_a_token_costs_the_same_however_long_the_sample_is() -> None:
     longest = 0
 
