@@ -127,6 +127,9 @@ class LimitsConfig(Strict):
     session_expiry_s: float = Field(
         600.0, ge=120, description="a session without heartbeat expires after this"
     )
+    sample_abandon_s: float = Field(
+        120.0, gt=0, description="a sample that nobody polled for so long is dropped; a held poll counts"
+    )
     max_datums_per_request: int = Field(65_536, ge=1)
     max_num_samples: int = Field(256, ge=1)
     sampler_snapshots_per_run: int = Field(4, ge=1, description="newest ephemeral snapshots kept per run")

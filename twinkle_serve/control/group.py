@@ -18,9 +18,9 @@ class Group(Protocol):
     def info(self) -> ModelInfo: ...
 
     def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
-        """Outcomes and progress as they are ready, in any order, then one TickReport. Outcomes of saves may come in a
-        later tick's stream, and those of samples whenever they finish. ``Outcome.value`` may be a handle
-        that the gateway resolves (a Ray ObjectRef). Raises GroupLost when the ranks are gone."""
+        """Outcomes and progress as they are ready, in any order, then one TickReport. Outcomes of saves may
+        come in a later tick's stream, and those of samples whenever they finish. ``Outcome.value`` may be a
+        handle that the gateway resolves (a Ray ObjectRef). Raises GroupLost when the ranks are gone."""
         ...
 
     async def rebuild(self) -> ModelInfo:

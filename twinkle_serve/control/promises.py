@@ -120,7 +120,7 @@ class PromiseTable:
         return tuple(promise.progress[after:]) if promise is not None and promise.tenant == tenant else ()
 
     def subscribe(self, request_id: str, waiter: Waiter) -> Callable[[], None]:
-        """Call ``waiter`` once when the pending promise settles or advances. Returns how to take that back."""
+        """Call ``waiter`` once, when the pending promise settles or advances. Returns how to undo this."""
         promise = self._promises[request_id]
         assert promise.poll.state == "pending"
         self._num_waiters += 1

@@ -17,21 +17,20 @@ from twinkle_serve.control import recovery
 from twinkle_serve.control.assembly import check_loadable
 from twinkle_serve.control.backend import Command, Invalid, NotFound, Poll, RunInfo
 from twinkle_serve.control.books import open_books
-from twinkle_serve.control.checkpoints import key_of, path_of
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
-from twinkle_serve.control.flights import Flight
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.keeper import Durability, Keeper
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.runs import Run, run_id_for
-from twinkle_serve.control.samplers import Sampler, sampler_id_for
+from twinkle_serve.control.samplers import sampler_id_for
+from twinkle_serve.control.sampling import Sampling
 from twinkle_serve.control.sessions import Session
 from twinkle_serve.control.views import checkpoint_view, run_view, text_values, weights_view
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
-from twinkle_serve.protocol.work import AdapterRef, Failure, ModelInfo, Sample
+from twinkle_serve.protocol.work import Failure, ModelInfo
 from twinkle_serve.storage.records import CheckpointRecord, RunRecord, SamplerRecord
 
 if TYPE_CHECKING:
@@ -76,6 +75,9 @@ class ControlPlane:
             name: GroupDriver(group, self._books, models[name], weight, recover, self._keeper)
             for name, group in groups.items()
         }
+        self._sampling = Sampling(
+            self._books, config.limits, self._driver, partial(self._open, sampling=True)
+        )
         self._gap_timers: dict[str, Timer] = {}
         self._sweep_timer: Timer | None = None
         self._closing = False
@@ -139,6 +141,7 @@ class ControlPlane:
     async def finish_session(self, tenant: str, session_id: str, reason: Mapping[str, Any]) -> None:
         if not self._books.sessions.finish(tenant, session_id, reason):
             return
+        self._sampling.end_session(session_id)
         for run_id, _ in self._books.sessions.get(tenant, session_id).models.values():
             self._books.samplers.retire(run_id, keep=0)
             self._park(run_id)
@@ -335,25 +338,7 @@ class ControlPlane:
     async def sample(
         self, tenant: str, sampler_id: str, seq_id: int | None, request: SampleRequest | Failure
     ) -> tuple[str, list[str]]:
-        known = self._books.samplers.get(tenant, sampler_id).requests
-        if seq_id is not None and seq_id in known:
-            return known[seq_id]
-        sampler = self._books.samplers.usable(tenant, sampler_id)
-        driver = self._driver(sampler.record.base_model)
-        adapter = None if isinstance(request, Failure) else self._adapter(sampler)
-        request_id = self._open(tenant, ("sampler", sampler_id, seq_id), sampling=True)
-        num_samples = 1 if isinstance(request, Failure) else request.num_samples
-        answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
-        if seq_id is not None:
-            sampler.requests[seq_id] = answer
-        if not isinstance(request, Failure) and num_samples > self._limits.max_num_samples:
-            request = Failure(f"num_samples {num_samples} is above {self._limits.max_num_samples}")
-        if isinstance(request, Failure):
-            self._books.fail(request_id, request)
-        else:
-            work = Sample(request_id, tenant, adapter, request)
-            driver.sample(work, self._sample_flight(work, driver, sampler))
-        return answer
+        return self._sampling.submit(tenant, sampler_id, seq_id, request)
 
     async def sample_model(
         self,
@@ -363,73 +348,28 @@ class ControlPlane:
         request: SampleRequest,
         stream: bool,
     ) -> str:
-        adapter = None
-        if model_path is not None:
-            source = self._books.checkpoints.find(tenant, model_path)
-            base_model, adapter = source.base_model, _checkpoint_ref(source)
-        if base_model is None:
-            raise Invalid("one of base_model and model_path is needed")
-        if request.num_samples > self._limits.max_num_samples:
-            raise Invalid(f"num_samples {request.num_samples} is above {self._limits.max_num_samples}")
-        driver = self._driver(base_model)
-        request_id = self._open(tenant, ("model", base_model, None), sampling=True)
-        work = Sample(request_id, tenant, adapter, request, stream)
-        driver.sample(work, self._sample_flight(work, driver, None))
-        return request_id
-
-    def _adapter(self, sampler: Sampler) -> AdapterRef | None:
-        """What to sample with."""
-        record = sampler.record
-        if record.snapshot is not None:
-            return AdapterRef(record.snapshot, sampler.path)
-        if record.model_path is None:
-            return None
-        return _checkpoint_ref(self._books.checkpoints.find(record.tenant, record.model_path))
-
-    def _sample_flight(self, work: Sample, driver: GroupDriver, sampler: Sampler | None) -> Flight:
-        """Holds on to the weights until the sample is over."""
-        samplers, checkpoints = self._books.samplers, self._books.checkpoints
-        sampler_id = None if sampler is None else sampler.record.sampler_id
-        directory = None if work.adapter is None else work.adapter.directory
-        if sampler_id is not None:
-            samplers.started(sampler_id)
-        if directory is not None:
-            checkpoints.pin(directory)
-
-        def over(value: Any = None) -> Any:
-            if sampler_id is not None:
-                samplers.ended(sampler_id)
-            if directory is not None:
-                checkpoints.unpin(directory)
-            driver.wake()
-            return value
-
-        return Flight(
-            work.request_id, over, over, over, outlives_tick=True, num_sequences=work.request.num_samples
-        )
+        return self._sampling.submit_to_model(tenant, base_model, model_path, request, stream)
 
     async def cancel(self, tenant: str, request_id: str) -> None:
-        if self._books.promises.look(tenant, request_id).state != "pending":
-            return
-        match self._books.promises.origin(request_id):
-            case ("sampler", str(sampler_id), _):
-                record = self._books.samplers.get(tenant, sampler_id).record
-                self._drivers[record.base_model].cancel(tenant, request_id)
-            case ("model", str(base_model), _):
-                self._drivers[base_model].cancel(tenant, request_id)
+        if self._books.promises.look(tenant, request_id).state == "pending":
+            self._sampling.cancel(tenant, request_id)
 
     # promises -------------------------------------------------------------------------------------
 
     async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
         promises = self._books.promises
         poll = self._look(tenant, request_id)
-        if poll.state != "pending" or timeout_s <= 0:
+        if poll.state != "pending":
             return poll
+        if timeout_s <= 0:
+            with self._sampling.asked_for(request_id):
+                return poll
         woken = asyncio.Event()
         unsubscribe = promises.subscribe(request_id, woken.set)
         timer = self._clock.call_later(timeout_s, woken.set)
         try:
-            await woken.wait()
+            with self._sampling.asked_for(request_id):
+                await woken.wait()
         finally:
             timer.cancel()
             unsubscribe()
@@ -443,9 +383,9 @@ class ControlPlane:
 
     async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
         promises = self._books.promises
-        poll = promises.look(tenant, request_id)
-        if not promises.progress(tenant, request_id, after):
-            poll = await self.poll(tenant, request_id, timeout_s)
+        if promises.progress(tenant, request_id, after):
+            timeout_s = 0.0
+        poll = await self.poll(tenant, request_id, timeout_s)
         if poll.state != "pending":
             return poll
         return Poll("pending", promises.progress(tenant, request_id, after), None, poll.queue_state)
@@ -522,16 +462,13 @@ class ControlPlane:
 
     def _sweep(self) -> None:
         for session_id in self._books.sweep():
+            self._sampling.end_session(session_id)
             for run_id in self._books.sessions.runs_of(session_id):
                 self._park(run_id)
+        self._sampling.sweep()
         if self._keeper is not None:
             self._keeper.sweep()
             for driver in self._drivers.values():
                 if self._keeper.due(driver.base_model):
                     driver.wake()
         self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)
-
-
-def _checkpoint_ref(source: CheckpointRecord) -> AdapterRef:
-    """A checkpoint that is overwritten becomes another adapter."""
-    return AdapterRef(f"{path_of(key_of(source))}@{source.created_at!r}", source.directory)

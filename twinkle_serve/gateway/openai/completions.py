@@ -5,6 +5,7 @@ Knows the way from a body to an answer. The JSON of answers is in answers.py and
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ async def _answer(
         events = _events(call, target, requests[0], answer, body.stream_options.include_usage)
         return await EventStream.opened(events)
     async with submitted(call, target, requests) as request_ids:
-        results = [await finished(call, request, request_id) for request_id in request_ids]
+        results = await asyncio.gather(*(finished(call, request, each) for each in request_ids))
     return reply(answer(request_ids[0]).whole(results, [len(prompt) for prompt in prompts]))
 
 
