@@ -96,6 +96,20 @@ async def test_a_second_hole_is_given_up_too(tmp_path):
             assert f"seq_id {lost} did not" in (await client.failure(request)).message
 
 
+@virtual
+async def test_a_hole_that_opens_while_another_is_watched_is_given_up_in_its_own_time(tmp_path):
+    async with control_plane(tmp_path, config=make_config(gap_timeout_s=300)) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        waiting = [await client.submit(run, n, optim()) for n in (2, 4)]
+        await asyncio.sleep(200)
+        await client.do(run, 1, pass_command("a"))
+        closed = now()
+        await client.result(waiting[0])
+        assert "seq_id 3 did not arrive" in (await client.failure(waiting[1])).message
+        assert now() - closed == pytest.approx(300, abs=0.2)
+
+
 # creating ---------------------------------------------------------------------------------------------
 
 
