@@ -17,10 +17,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from twinkle_serve.cluster import coordinator
+from twinkle_serve.cluster.objects import resolve
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
 from twinkle_serve.protocol.errors import BackendUnavailable
 
+__all__ = ["CoordinatorClient", "resolve"]
 _log = logging.getLogger(__name__)
 
 
@@ -82,13 +84,3 @@ class CoordinatorClient:
         if isinstance(reply, coordinator.Refusal):
             raise reply.error or BackendUnavailable(reply.message)
         return reply
-
-
-async def resolve(value: Any) -> Any:
-    """The result behind ``value``: large ones are mapped from the object store without a copy."""
-    if not isinstance(value, ray.ObjectRef):
-        return value
-    try:
-        return await value
-    except RayError:
-        raise BackendUnavailable("the result is lost with its owner; ask again") from None

@@ -17,10 +17,15 @@ from typing import Any
 import ray
 
 from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
+from twinkle_serve.cluster.objects import resolve
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
+from twinkle_serve.control.keeper import Durability
 from twinkle_serve.control.service import ControlPlane
+from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.storage.catalog import Catalog
+from twinkle_serve.storage.journal import Journal
+from twinkle_serve.storage.states import StateFiles
 
 _log = logging.getLogger(__name__)
 NAME = "coordinator"
@@ -54,6 +59,7 @@ class Coordinator:
         self._groups = {model.name: RayGroup(model, engine) for model in config.models}
         self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
         self._plane: ControlPlane | None = None
+        self._journal: Journal | None = None
         self._status = Status("loading", "starting")
         self._life: asyncio.Task[None] | None = None
         self._pinged_at = time.monotonic()
@@ -67,7 +73,7 @@ class Coordinator:
             return Refusal(None, self._status.message)
         try:
             return await getattr(self._plane, method)(*arguments)
-        except (NotFound, Invalid) as error:
+        except (NotFound, Invalid, BackendUnavailable) as error:
             return Refusal(error)
         except Exception:
             _log.exception("%s failed", method)
@@ -91,6 +97,8 @@ class Coordinator:
         plane, self._plane = self._plane, None
         if plane is not None:
             await plane.close()
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.close)
         self._catalog.close()
         await asyncio.gather(*(group.stop() for group in self._groups.values()))
 
@@ -115,11 +123,20 @@ class Coordinator:
         await self.stop()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
+    def _fenced(self) -> None:
+        """Another coordinator has taken over; whatever this one does now is lost."""
+        _log.error("another coordinator has opened the journal: this one ends")
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
     async def _load(self) -> None:
+        storage = self._config.storage
         for name, group in self._groups.items():
             self._status = Status("loading", f"loading base model {name}")
             await group.start()
-        plane = ControlPlane(self._groups, self._catalog, self._config)
+        # Opened only now, when this coordinator can go on with what the one before it left.
+        self._journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
+        durability = Durability(self._journal, StateFiles(storage.root), resolve, self._fenced)
+        plane = ControlPlane(self._groups, self._catalog, self._config, durability=durability)
         await plane.start()
         self._plane = plane
         self._status = Status("ready", "ready")

@@ -96,9 +96,13 @@ class Durability:
 
 @dataclass(slots=True)
 class Kept:
-    """One run. done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at
-    most two; bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal does not have, with their ids and whether the
-    client numbered them. dirty_since: when the oldest change that no snapshot covers was made."""
+    """One run.
+
+    done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
+    bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal
+    does not have, with their ids and whether the client numbered them. dirty_since: when the oldest change
+    that no snapshot covers was made.
+    """
 
     run: Run
     done: list[int] = field(default_factory=list)

@@ -43,11 +43,12 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
         run.log.ready.popleft()
     if not kept.snapshots and not kept.done:
         return  # its birth is still to come
-    redo = kept.to_redo
-    entries = await _entries(keeper, run, redo)
-    if entries is None:
+    known = await _known(keeper, kept)
+    redo = kept.to_redo  # only now: a snapshot may have been listed meanwhile
+    if any(seq_id not in known for seq_id in redo):
         corrupt(keeper, run, "the journal does not hold all that was done since its last snapshot")
         return
+    entries = [known[seq_id] for seq_id in redo]
     if kept.snapshots:
         entries = [kept.restore_entry(keeper.files.path(kept.snapshots[0].file)), *entries]
     kept.done = [seq_id for seq_id in kept.done if seq_id <= kept.covered]
@@ -81,17 +82,16 @@ def _corrupted(run: Run, reason: str) -> Failure:
     return Failure(f"run {run.run_id} could not be recovered: {reason}", "server")
 
 
-async def _entries(keeper: Keeper, run: Run, seq_ids: Sequence[int]) -> list[RunEntry] | None:
-    if not seq_ids:
-        return []
-    history = await keeper.journal.history(run.run_id)
+async def _known(keeper: Keeper, kept: Kept) -> dict[int, RunEntry]:
+    """What the journal has for the part that is to be redone, by seq_id."""
+    if not kept.to_redo:
+        return {}
+    history = await keeper.journal.history(kept.run.run_id)
     found: dict[int, RunEntry] = {}
     for entry in history.entries:
         if entry.kind != GAP and entry.seq_id not in history.damaged:
             found.setdefault(entry.seq_id, _decoded(entry))
-    if any(seq_id not in found for seq_id in seq_ids):
-        return None
-    return [found[seq_id] for seq_id in seq_ids]
+    return found
 
 
 def _decoded(entry: JournalEntry) -> RunEntry:
@@ -102,6 +102,13 @@ def _decoded(entry: JournalEntry) -> RunEntry:
 def _is_pending(keeper: Keeper, kept: Kept, seq_id: int) -> bool:
     request = kept.unstored.get(seq_id)
     return request is not None and keeper.books.promises.is_pending(request[0])
+
+
+def suspend_snapshots(keeper: Keeper, base_model: str) -> None:
+    """Nobody may sample from what the group had before it is known where that is now."""
+    for sampler in keeper.books.samplers.with_snapshot():
+        if sampler.record.base_model == base_model and not sampler.evicted:
+            keeper.books.samplers.relocate(sampler, None, awaited=True)
 
 
 def relocate_snapshots(keeper: Keeper, base_model: str) -> None:

@@ -111,6 +111,7 @@ class ControlPlane:
     async def _replay(self, driver: GroupDriver, lost: GroupLost) -> None:
         assert self._keeper is not None
         driver.lose()
+        recovery.suspend_snapshots(self._keeper, driver.base_model)
         runs = self._books.runs.of_model(driver.base_model)
         for run in runs:
             await recovery.rewind(self._keeper, run)
