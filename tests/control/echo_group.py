@@ -12,14 +12,18 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from twinkle_serve.control.backend import PassCommand
 from twinkle_serve.control.group import GroupLost
+from twinkle_serve.protocol.data import SampleDelta
 from twinkle_serve.protocol.work import (
     AdapterRef,
     Failure,
     ModelInfo,
     Outcome,
     Pass,
+    Progress,
     RestoreRun,
     Sample,
     Tick,
@@ -35,6 +39,10 @@ def pass_command(tag: str, *lengths: int, backward: bool = True) -> PassCommand:
     lengths = lengths or (10,)
     datums = json.dumps([tag, lengths]).encode()
     return PassCommand(datums, lengths, "cross_entropy", {}, backward)
+
+
+def delta(num_tokens: int) -> SampleDelta:
+    return SampleDelta(0, np.ones(num_tokens, np.int32), np.zeros(num_tokens, np.float32))
 
 
 @dataclass
@@ -73,10 +81,11 @@ class EchoGroup:
         self.rebuilds = 0
         self.rebuild_failures = 0
         self.is_up = True
+        self.bytes_per_page = 0
 
     # the contract ---------------------------------------------------------------------------------
 
-    async def run(self, tick: Tick) -> AsyncIterator[Outcome | TickReport]:
+    async def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
         if not self.is_up:
             raise GroupLost("not up")
         assert tick.tick_id > (self.ticks[-1].tick_id if self.ticks else 0)
@@ -129,7 +138,12 @@ class EchoGroup:
         self._crash(tick, "decode")
         async for outcome in self._decode(tick):
             yield outcome
-        yield TickReport(tick.tick_id, {}, len(self.active))
+        yield TickReport(
+            tick.tick_id,
+            {},
+            len(self.active),
+            {"paged_host_bytes": self.bytes_per_page * len(self.paged)},
+        )
 
     async def rebuild(self) -> ModelInfo:
         if self.rebuild_failures:
@@ -173,7 +187,12 @@ class EchoGroup:
         return Outcome(load.request_id)
 
     def _restore(self, restore: RestoreRun) -> Outcome:
-        assert self.slots[restore.slot] is None, ("a slot was not empty", restore, self.slots, self.ticks[-2:])
+        assert self.slots[restore.slot] is None, (
+            "a slot was not empty",
+            restore,
+            self.slots,
+            self.ticks[-2:],
+        )
         if restore.path not in self.files:
             return Outcome(restore.request_id, failure=Failure("the file is damaged"))
         self.slots[restore.slot] = Slot(restore.run_id, list(self.files[restore.path]))
@@ -213,7 +232,7 @@ class EchoGroup:
             slot.history.append(tag)
         return Outcome(item.request_id, tuple(slot.history))
 
-    async def _decode(self, tick: Tick) -> AsyncIterator[Outcome]:
+    async def _decode(self, tick: Tick) -> AsyncIterator[Outcome | Progress]:
         for request_id in tick.cancels:
             self.active.pop(request_id, None)
         for sample in tick.samples:
@@ -225,6 +244,8 @@ class EchoGroup:
         await asyncio.sleep(step)
         for request_id, active in list(self.active.items()):
             active.seconds_left -= step
+            if active.sample.stream:
+                yield Progress(request_id, (delta(round(step / self.decode_s)),))
             if active.seconds_left <= 1e-9:
                 del self.active[request_id]
                 yield Outcome(request_id, active.weights)
