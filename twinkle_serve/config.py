@@ -118,6 +118,9 @@ class ModelConfig(Strict):
         description="a group that has not finished a tick after this is killed and rebuilt, seconds",
     )
     host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
+    disk_page_bytes: int = Field(
+        64 * 2**30, ge=0, description="paged adapters kept on disk, bytes; at the limit new runs wait"
+    )
     sampler: SamplerConfig = SamplerConfig()
     planner: PlannerConfig = PlannerConfig()
 

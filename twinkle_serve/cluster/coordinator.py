@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
+from twinkle_serve.cluster.metrics import Gauges
 from twinkle_serve.cluster.objects import resolve
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 NAME = "coordinator"
 NAMESPACE = "twinkle-serve"
 METHODS = frozenset(name for name in vars(Backend) if not name.startswith("_"))
+_GAUGES_EVERY_S = 5.0
 # Each long poll of each client is one call that waits.
 MAX_WAITING_CALLS = 100_000
 
@@ -117,8 +119,11 @@ class Coordinator:
             self._status = Status("failed", f"cannot start: {error}")
         # After `serve shutdown` no replica pings any more, and the base model must not stay behind.
         patience = self._config.ray.orphan_exit_s
+        gauges = Gauges()
         while time.monotonic() - self._pinged_at < patience:
-            await asyncio.sleep(patience / 20)
+            await asyncio.sleep(min(_GAUGES_EVERY_S, patience / 20))
+            if self._plane is not None:
+                gauges.publish(self._plane.gauges())
         _log.warning("nobody has asked for this service for %g s: it ends", patience)
         await self.stop()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.admission import SampleQueue
@@ -61,7 +61,7 @@ class GroupDriver:
             # In deterministic mode requests share no microbatch, so company would gain nothing.
             company_wait_s=0.0 if config.deterministic else config.planner.company_wait_ms / 1000,
             weight=weight,
-            blocked=self._reads_unfinished,
+            blocked=self._must_wait,
         )
         self._assembler = Assembler(
             self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic, keeper
@@ -73,6 +73,8 @@ class GroupDriver:
         self._num_sequences = 0
         self._num_silent_reports = 0
         self._cancels: list[str] = []
+        self._page_bytes = config.host_page_bytes + config.disk_page_bytes
+        self._reported: Mapping[str, float] = {}
         self._event = asyncio.Event()
         self._closing = False
         self._task: asyncio.Task[None] | None = None
@@ -256,7 +258,24 @@ class GroupDriver:
             else:
                 self.books.resolve(verdict.request_id, verdict.value)
 
+    def gauges(self) -> dict[str, float]:
+        """What the group held after its last tick, in its own words, and which runs are where."""
+        return {
+            **self._reported,
+            "resident_adapters": self.residency.num_resident,
+            "paged_adapters": self.residency.num_paged,
+            "requests_in_flight": len(self._flights),
+        }
+
+    def is_full(self) -> bool:
+        """Whether the paged adapters have used up their budget, so that a new run has to wait."""
+        paged = self._reported.get("paged_host_bytes", 0) + self._reported.get("paged_disk_bytes", 0)
+        return paged > self._page_bytes
+
     def _read(self, report: TickReport) -> None:
+        was_full, self._reported = self.is_full(), report.gauges
+        if was_full and not self.is_full():
+            self._event.set()  # for the runs that wait to be created
         # A sample that no rank decodes any more and that got no answer would keep us ticking for ever.
         silent = report.active_samples == 0 and self._num_sequences > 0
         self._num_silent_reports = self._num_silent_reports + 1 if silent else 0
@@ -312,8 +331,10 @@ class GroupDriver:
         self.lost = None
         logger.warning("the group of %s is up again", self.base_model)
 
-    def _reads_unfinished(self, entry: RunEntry) -> bool:
-        """A load waits for a save to the same path that is still being written."""
+    def _must_wait(self, entry: RunEntry) -> bool:
+        """A load waits for a save to the same path that is still being written, a new run for a place."""
+        if isinstance(entry.command, BirthCommand) and self.is_full():
+            return True
         match entry.command:
             case LoadCommand(path=path) | BirthCommand(path=str(path)):
                 return self.books.checkpoints.is_saving(path)

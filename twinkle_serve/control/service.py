@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _SWEEP_EVERY_S = 5.0
 _RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
+_FULL = "this server's room for adapters is full; a new run starts once another one ends"
 _STOPPING = Failure("the server is shutting down", "server")
 
 
@@ -378,9 +379,19 @@ class ControlPlane:
 
     def _look(self, tenant: str, request_id: str) -> Poll:
         poll = self._books.promises.look(tenant, request_id)
-        if poll.state == "pending" and any(driver.lost is not None for driver in self._drivers.values()):
+        if poll.state != "pending":
+            return poll
+        if any(driver.lost is not None for driver in self._drivers.values()):
             return replace(poll, queue_state="paused_capacity", queue_reason=_RECOVERING)
+        origin = self._books.promises.origin(request_id)
+        is_birth = isinstance(origin, tuple) and origin[0] == "run" and origin[2] == 0
+        if is_birth and any(driver.is_full() for driver in self._drivers.values()):
+            return replace(poll, queue_state="paused_capacity", queue_reason=_FULL)
         return poll
+
+    def gauges(self) -> Mapping[str, Mapping[str, float]]:
+        """By base model: what its group holds. Names as in GroupDriver.gauges and TickReport.gauges."""
+        return {name: driver.gauges() for name, driver in self._drivers.items()}
 
     async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
         promises = self._books.promises
