@@ -16,6 +16,7 @@ from twinkle_serve.testing.tokenizers import (
     byte_letters,
     merges_of_ranks,
     read_tiktoken,
+    save_qwen3_tokenizer,
     split_digits,
     tiny_tokenizer,
 )
@@ -33,8 +34,10 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def qwen3(tiny_moe_qwen_vocab: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(tiny_moe_qwen_vocab)
+def qwen3(models_root: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    directory = tmp_path_factory.mktemp("qwen3")
+    save_qwen3_tokenizer(directory, cache=models_root)
+    return AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
