@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.memory_catalog import MemoryCatalog
@@ -22,18 +23,20 @@ from tests.control.simulator import GAP_S, RandomRun, Report, Sent
 from tests.control.virtual_time import VirtualClock
 from tests.control.virtual_time import run as run_virtual
 from twinkle_serve.config import Config
+from twinkle_serve.control import suspects
 from twinkle_serve.control.backend import NotFound, Poll
 from twinkle_serve.control.keeper import Durability
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable
-
 
 _ENOUGH_S = 5_000.0
 
 
 def simulate(seed: int) -> Report:
     """Run one schedule to its end. Raises AssertionError where a promise was broken."""
-    return run_virtual(_simulate(random.Random(seed)))
+    # Here deaths are nobody's fault, however often they meet the same request.
+    with patch.object(suspects, "_GUILTY_AFTER", 10**9):
+        return run_virtual(_simulate(random.Random(seed)))
 
 
 def _config(rng: random.Random) -> Config:
@@ -63,6 +66,9 @@ async def _simulate(rng: random.Random) -> Report:
     assert not late, describe(server)
     await living
     chaos.cancel()
+    await asyncio.gather(chaos, return_exceptions=True)
+    if server.plane is None:
+        await server.start()
     server.group.crash_when = lambda tick, phase: False
     await server.crash()
     await asyncio.gather(*(actor.look_again() for actor in actors))
@@ -75,7 +81,7 @@ async def _simulate(rng: random.Random) -> Report:
 
 
 async def _chaos(server: Server, rng: random.Random) -> None:
-    while True:
+    for _ in range(rng.choice([0, 1, 2, 4, 8])):
         await asyncio.sleep(rng.expovariate(1 / rng.choice([0.3, 3.0, 30.0])))
         await server.crash(damage=rng.random() < 0.3)
 
@@ -216,7 +222,7 @@ class DurableRun(RandomRun):
         expected = history[max(history)] if history else ("create",)
         poll = await self.client.poll(request)
         assert poll.failure is None, poll
-        assert poll.value == expected
+        assert poll.value == expected, (self.run_id, poll.value, expected)
 
 
 def describe(server: Server) -> str:

@@ -1,7 +1,7 @@
 """A journal and state files without a disk, for the thousands of short lives of the simulator.
 
-What is committed survives ``crash``; what was only asked for does not. A commit takes random time, in the order
-of the calls, and a journal that was opened again refuses the one before.
+What is committed survives a crash; what was only asked for does not. A commit takes random time, in the
+order of the calls, and a journal that was opened again refuses the one before.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Planner, Window
+from twinkle_serve.control.recovery import corrupt
 from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
+from twinkle_serve.control.suspects import Suspects
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample, Tick, TickReport
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ class GroupDriver:
             self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic, keeper
         )
         self._recover = recover
+        self._keeper = keeper
+        self._suspects = Suspects()
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
         self._flights: dict[str, Flight] = {}
@@ -128,6 +132,7 @@ class GroupDriver:
     def lose(self) -> None:
         """Forget what was in the group. Training requests that were in flight stay open, to be done again;
         samples are lost: their clients submit them again."""
+        self._give_up_the_guilty()
         self.residency.lose_all()
         self._assembler.lose_all()
         self._cancels.clear()
@@ -137,6 +142,17 @@ class GroupDriver:
                 self.books.promises.lose(flight.request_id)
         self._flights.clear()
         self._num_sequences = 0
+
+    def _give_up_the_guilty(self) -> None:
+        origins = [(request_id, self.books.promises.run_of(request_id)) for request_id in self._flights]
+        guilty = self._suspects.died([(request_id, run_id) for request_id, run_id in origins if run_id])
+        if guilty is not None and self._keeper is not None:
+            logger.error("request %s is given up: the group died each time it was tried", guilty)
+            run = self.books.runs.find(self.books.promises.run_of(guilty) or "")
+            if self.books.promises.is_pending(guilty):
+                self._keeper.give_up(guilty)
+            elif run is not None:
+                corrupt(self._keeper, run, "the workers died each time they tried to do it again")
 
     def abandon(self, failure: Failure) -> None:
         """Give up whatever is in flight and all that was in the group: what its loss means until somebody
@@ -233,6 +249,7 @@ class GroupDriver:
         if flight is None:
             return  # given up before, or cancelled
         self._num_sequences -= flight.num_sequences
+        self._suspects.settled(flight.request_id)
         if flight.outlives_tick:
             self._event.set()  # a load may have waited for this save
         try:
@@ -337,8 +354,10 @@ class GroupDriver:
             return True
         match entry.command:
             case LoadCommand(path=path) | BirthCommand(path=str(path)):
-                return self.books.checkpoints.is_saving(path)
-        return False
+                if self.books.checkpoints.is_saving(path):
+                    return True
+        run_id = self.books.promises.run_of(entry.request_id)
+        return run_id is not None and self._suspects.must_wait(run_id)
 
 
 async def fail_in_flight(driver: GroupDriver, lost: GroupLost) -> None:

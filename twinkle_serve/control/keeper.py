@@ -30,6 +30,7 @@ from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.protocol.work import Failure, PersistRun
 from twinkle_serve.storage.journal import (
     GAP,
+    VOID,
     Fenced,
     JournalEntry,
     RunHistory,
@@ -39,6 +40,7 @@ from twinkle_serve.storage.journal import (
 
 logger = logging.getLogger(__name__)
 UNBORN = -1  # what a run is covered up to before there is a snapshot; its birth has seq_id 0
+GIVEN_UP = Failure("the workers died each time they tried this request, so it was given up", "server")
 _PATIENCE_S = 10.0
 _RETRY_S = 30.0
 _SETTLE_POLL_S = 0.05
@@ -100,8 +102,8 @@ class Kept:
 
     done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
     bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal
-    does not have, with their ids and whether the client numbered them. dirty_since: when the oldest change
-    that no snapshot covers was made.
+    does not have, with their ids and whether the client numbered them. void: requests given up.
+    dirty_since: when the oldest change that no snapshot covers was made.
     """
 
     run: Run
@@ -109,6 +111,7 @@ class Kept:
     snapshots: list[StoredSnapshot] = field(default_factory=list)
     bad: list[int] = field(default_factory=list)
     unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    void: set[str] = field(default_factory=set)
     num_steps: int = 0
     dirty_since: float | None = None
     not_before: float = 0.0
@@ -204,6 +207,17 @@ class Keeper:
         """The run's log went on behind a gap; after a restart it must do so at the same place."""
         now = self.books.clock.now()
         self.journal.append(JournalEntry(run.run_id, last_seq_id, "", b"", now, kind=GAP))
+
+    def give_up(self, request_id: str) -> None:
+        """The request is never done again, not even after a restart: its run goes on without it."""
+        run_id = self.books.promises.run_of(request_id)
+        assert run_id is not None
+        kept = self.kept[run_id]
+        kept.void.add(request_id)
+        self.books.fail(request_id, GIVEN_UP)
+        seq_id = next(seq_id for seq_id, (each, _) in kept.unstored.items() if each == request_id)
+        now = self.books.clock.now()
+        self.journal.append(JournalEntry(run_id, seq_id, request_id, b"", now, kind=VOID))
 
     # ticks ----------------------------------------------------------------------------------------
 

@@ -88,6 +88,12 @@ class PromiseTable:
     def origin(self, request_id: str) -> Hashable:
         return self._promises[request_id].origin
 
+    def run_of(self, request_id: str) -> str | None:
+        """The run that a known training request belongs to."""
+        promise = self._promises.get(request_id)
+        origin = promise.origin if promise is not None else None
+        return str(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
+
     def resolve(self, request_id: str, value: Any, now: float) -> None:
         self._settle(request_id, Poll("done", value=value), now)
 

@@ -11,14 +11,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from twinkle_serve.control.backend import SnapshotCommand
+from twinkle_serve.control.backend import RejectedCommand, SnapshotCommand
 from twinkle_serve.control.codec import decode_command, decode_result
 from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry
-from twinkle_serve.control.keeper import UNBORN, Keeper, Kept
+from twinkle_serve.control.keeper import GIVEN_UP, UNBORN, Keeper, Kept
 from twinkle_serve.control.log import CommandLog, Entry
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.work import Failure
-from twinkle_serve.storage.journal import GAP, JournalEntry, RunHistory, StoredResult
+from twinkle_serve.storage.journal import COMMAND, GAP, VOID, JournalEntry, RunHistory, StoredResult
 from twinkle_serve.storage.records import RunRecord, SamplerRecord
 
 logger = logging.getLogger(__name__)
@@ -39,21 +39,31 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
     run = kept.run
     if run.down is not None and 0 in kept.done and not _is_pending(keeper, kept, 0):
         return  # it never came to life, and its client knows
-    while run.log.ready and isinstance(run.log.ready[0].command, RestoreCommand):
-        run.log.ready.popleft()
     if not kept.snapshots and not kept.done:
         return  # its birth is still to come
     known = await _known(keeper, kept)
-    redo = kept.to_redo  # only now: a snapshot may have been listed meanwhile
+    # Only now is it sure what is to be done again: a snapshot may have been listed meanwhile.
+    redo = kept.to_redo
+    skipped = _skip_covered(kept)
     if any(seq_id not in known for seq_id in redo):
         corrupt(keeper, run, "the journal does not hold all that was done since its last snapshot")
         return
     entries = [known[seq_id] for seq_id in redo]
     if kept.snapshots:
         entries = [kept.restore_entry(keeper.files.path(kept.snapshots[0].file)), *entries]
-    kept.done = [seq_id for seq_id in kept.done if seq_id <= kept.covered]
+    kept.done = [*(seq_id for seq_id in kept.done if seq_id <= kept.covered), *skipped]
     run.log.rewind(entries)
     logger.warning("run %s: %d requests since its last snapshot are done again", run.run_id, len(redo))
+
+
+def _skip_covered(kept: Kept) -> list[int]:
+    """Take out of the log what an earlier recovery has put there and the newest snapshot has."""
+    ready, skipped = kept.run.log.ready, []
+    while ready and (isinstance(ready[0].command, RestoreCommand) or ready[0].seq_id <= kept.covered):
+        entry = ready.popleft()
+        if not isinstance(entry.command, RestoreCommand):
+            skipped.append(entry.seq_id)
+    return skipped
 
 
 async def fall_back(keeper: Keeper, run: Run, held: Sequence[RunEntry], reason: str) -> None:
@@ -89,14 +99,13 @@ async def _known(keeper: Keeper, kept: Kept) -> dict[int, RunEntry]:
     history = await keeper.journal.history(kept.run.run_id)
     found: dict[int, RunEntry] = {}
     for entry in history.entries:
-        if entry.kind != GAP and entry.seq_id not in history.damaged:
-            found.setdefault(entry.seq_id, _decoded(entry))
+        if entry.kind == COMMAND and entry.seq_id not in history.damaged:
+            found.setdefault(entry.seq_id, Entry(entry.seq_id, entry.request_id, _decoded(kept, entry)))
     return found
 
 
-def _decoded(entry: JournalEntry) -> RunEntry:
-    command: RunCommand = decode_command(entry.payload)
-    return Entry(entry.seq_id, entry.request_id, command)
+def _decoded(kept: Kept, entry: JournalEntry) -> RunCommand:
+    return RejectedCommand(GIVEN_UP) if entry.request_id in kept.void else decode_command(entry.payload)
 
 
 def _is_pending(keeper: Keeper, kept: Kept, seq_id: int) -> bool:
@@ -209,12 +218,13 @@ def _replayed_log(
     keeper: Keeper, kept: Kept, blank: CommandLog[RunCommand], history: RunHistory
 ) -> CommandLog[RunCommand]:
     """The log as it was: a log is what came, in the order in which it came, and nothing else."""
+    kept.void.update(entry.request_id for entry in history.entries if entry.kind == VOID)
     start = kept.snapshots[-1].covered if kept.snapshots else UNBORN
     log = blank.restarted(max(start, 0) + 1)
     for entry in history.entries:
         if entry.kind == GAP:
             failures = log.give_up()
-        elif entry.seq_id > start:
+        elif entry.kind == COMMAND and entry.seq_id > start:
             failures = _take_in(keeper, kept, log, entry)
         else:
             continue
@@ -232,7 +242,7 @@ def _take_in(
         keeper.books.promises.reopen(request_id, run.tenant, ("run", run.run_id, seq_id))
         kept.unstored.setdefault(entry.seq_id, (request_id, entry.numbered))
     _remember(keeper, run, entry.seq_id, request_id, entry.numbered)
-    command = decode_command(entry.payload)
+    command = _decoded(kept, entry)
     if isinstance(command, BirthCommand):
         log.prepend(request_id, command)
         return []

@@ -27,7 +27,7 @@ from twinkle_serve.storage.wal import torn_tail
 _log = logging.getLogger(__name__)
 _MAX_BATCH = 512
 _RETRY_S = 0.5
-COMMAND, GAP = "command", "gap"
+COMMAND, GAP, VOID = "command", "gap", "void"
 
 _metadata = sa.MetaData()
 _epochs = sa.Table(
@@ -74,7 +74,8 @@ class Fenced(Exception):
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """An accepted command (``payload`` is control.codec's), or a GAP: the run's log gave up waiting.
+    """An accepted command (``payload`` is control.codec's), a GAP (the run's log gave up waiting), or a VOID
+    (the command with that request id is not to be done).
 
     numbered: the client gave ``seq_id``; otherwise the log did, and it identifies no duplicates.
     """
