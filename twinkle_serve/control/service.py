@@ -254,6 +254,8 @@ class ControlPlane:
         if original is not None:
             return await self._durable(original)
         run = self._books.runs.usable(tenant, run_id, now)
+        if run.record.corrupted:
+            return self._failed(tenant, run.down)  # its log may lack what others wait for
         driver = self._driver(run.record.base_model)
         self._check_room()
         request_id = self._open(tenant, ("run", run_id, seq_id))

@@ -1,0 +1,230 @@
+"""What is kept and what is not: restarts, full disks, damage, silence."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.control.echo_group import EchoGroup, pass_command
+from tests.control.memory_catalog import MemoryCatalog
+from tests.control.memory_journal import MemoryFiles, MemoryJournal
+from tests.control.plane import TENANT, Client, counting_tokens, make_config, optim
+from tests.control.virtual_time import VirtualClock, virtual
+from twinkle_serve.control.backend import SaveCommand, SnapshotCommand, UnloadCommand
+from twinkle_serve.control.keeper import Durability
+from twinkle_serve.control.service import ControlPlane
+from twinkle_serve.protocol.errors import BackendUnavailable
+
+
+class Store:
+    """What survives a control plane."""
+
+    def __init__(self, **storage: Any) -> None:
+        self.catalog = MemoryCatalog()
+        self.journal = MemoryJournal(random.Random(3))
+        self.files: dict[str, Any] = {}
+        self.stored: dict[str, Any] = {}
+        self.token = counting_tokens()
+        self.fenced = 0
+        config = make_config()
+        self.config = config.model_copy(update={"storage": config.storage.model_copy(update=storage)})
+
+    @asynccontextmanager
+    async def opened(self, group: EchoGroup | None = None):
+        group = group or EchoGroup()
+        group.files, group.stored = self.files, self.stored
+        self.journal = self.journal.opened()
+        durability = Durability(self.journal, MemoryFiles(self.files), fenced=self._note_fenced)
+        plane = ControlPlane(
+            {"base": group},
+            self.catalog,  # type: ignore[arg-type]
+            self.config,
+            VirtualClock(),
+            new_token=self.token,
+            durability=durability,
+        )
+        await plane.start()
+        try:
+            yield plane
+        finally:
+            await plane.close()
+
+    def _note_fenced(self) -> None:
+        self.fenced += 1
+
+
+def again(client: Client, plane: ControlPlane) -> Client:
+    other = Client(plane, client.tenant)
+    other.session = client.session
+    return other
+
+
+@virtual
+async def test_after_a_restart_results_are_there_again_under_the_same_ids():
+    store = Store(snapshot_every_steps=1)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        requests = [await client.submit(run, 1, pass_command("a")), await client.submit(run, 2, optim())]
+        await client.result(requests[1])
+        await asyncio.sleep(5)
+        requests.append(await client.submit(run, 3, pass_command("b")))
+    assert len(store.journal.rows[run].snapshots) == 1
+    async with store.opened() as plane:
+        client = again(client, plane)
+        assert await client.result(requests[0]) == ["create", "a"]
+        assert await client.result(requests[2]) == ("create", "a", "optim 1", "b")
+        assert await client.submit(run, 1, pass_command("a")) == requests[0]
+        assert await client.submit(run, 3, pass_command("b")) == requests[2]
+        assert await client.do(run, 4, pass_command("c")) == ("create", "a", "optim 1", "b", "c")
+
+
+@virtual
+async def test_a_stop_leaves_open_promises_open():
+    store = Store()
+    async with store.opened(EchoGroup(pass_s=3600)) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        request = await client.submit(run, 1, pass_command("slow"))
+        poll = asyncio.create_task(plane.poll(TENANT, request, 600.0))
+        await asyncio.sleep(1)
+    assert (await poll).state == "pending"
+    async with store.opened() as plane:
+        assert await again(client, plane).result(request) == ("create", "slow")
+
+
+@virtual
+async def test_a_second_coordinator_fences_the_first():
+    store = Store()
+    async with store.opened() as old:
+        client = await Client(old).open()
+        run = await client.create()
+        async with store.opened() as new:
+            with pytest.raises(BackendUnavailable, match="taken over"):
+                await client.submit(run, 1, pass_command("lost"))
+            assert store.fenced == 1
+            assert await again(client, new).do(run, 1, pass_command("a")) == ("create", "a")
+
+
+@virtual
+async def test_with_a_full_disk_training_waits_and_goes_on():
+    store = Store()
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        store.journal.stalled = "disk full"
+        with pytest.raises(BackendUnavailable, match="disk full"):
+            await client.submit(run, 1, pass_command("a"))
+        store.journal.stalled = None
+        assert await client.do(run, 1, pass_command("a")) == ("create", "a")
+
+
+@virtual
+async def test_a_full_journal_makes_room_for_itself():
+    store = Store(snapshot_every_s=1e9, snapshot_every_steps=10**6)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a"))
+        store.journal.num_bytes = store.config.storage.journal_max_bytes + 1
+        with pytest.raises(BackendUnavailable, match="journal is full"):
+            await client.submit(run, 2, pass_command("b"))
+        await asyncio.sleep(10)
+        assert [s.covered for s in store.journal.rows[run].snapshots] == [1]
+
+
+@virtual
+async def test_a_damaged_row_marks_its_run_and_no_other():
+    store = Store()
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        runs = [await client.create(n) for n in (0, 1)]
+        for run in runs:
+            await client.do(run, 1, pass_command("a"))
+            await client.do(run, 2, pass_command("b"))
+    history = store.journal.rows[runs[0]]
+    damaged = next(entry for entry in history.entries if entry.seq_id == 1)
+    history.entries.remove(damaged)
+    history.damaged.append(1)
+    async with store.opened() as plane:
+        client = again(client, plane)
+        assert (await plane.get_run(TENANT, runs[0]))["corrupted"] is True
+        failure = await client.failure(await client.submit(runs[0], 3, pass_command("c")))
+        assert "could not be recovered" in failure.message
+        assert (await plane.get_run(TENANT, runs[1]))["corrupted"] is False
+        assert await client.do(runs[1], 3, pass_command("c")) == ("create", "a", "b", "c")
+
+
+@virtual
+async def test_a_silent_session_frees_its_slots_and_comes_back():
+    store = Store(snapshot_every_s=1e9)
+    group = EchoGroup()
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a"))
+        await asyncio.sleep(620)
+        assert group.slots == [None, None]
+        assert await plane.heartbeat(TENANT, client.session)
+        assert await client.do(run, 2, pass_command("b")) == ("create", "a", "b")
+
+
+@virtual
+async def test_an_unloaded_run_leaves_its_results_and_nothing_else():
+    store = Store(snapshot_every_steps=1)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, optim())
+        await asyncio.sleep(5)
+        assert store.files
+        step = await client.submit(run, 2, pass_command("a"))
+        bye = await client.submit(run, 3, UnloadCommand())
+        await client.result(bye)
+        await asyncio.sleep(5)
+        assert store.journal.rows[run].entries == []
+        assert not store.files
+    async with store.opened() as plane:
+        client = again(client, plane)
+        assert await client.result(bye) == {"model_id": run}
+        assert await client.result(step) == ["create", "optim 1", "a"]
+
+
+@virtual
+async def test_a_snapshot_for_sampling_survives_a_restart():
+    store = Store(snapshot_every_steps=1)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, optim())
+        sampler = (await client.do(run, 2, SnapshotCommand(7)))["sampling_session_id"]
+        await client.do(run, 3, optim(2.0))
+        await asyncio.sleep(5)
+    async with store.opened() as plane:
+        assert await again(client, plane).result(await again(client, plane).sample(sampler)) == (
+            "create",
+            "optim 1",
+        )
+
+
+@virtual
+async def test_a_checkpoint_deleted_after_its_answer_stays_deleted():
+    store = Store(snapshot_every_s=1e9)
+    group = EchoGroup()
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        path = (await client.do(run, 1, SaveCommand("weights", "gone")))["path"]
+        kept = (await client.do(run, 2, SaveCommand("weights", "kept")))["path"]
+        await plane.delete_checkpoint(TENANT, path)
+        group.crash_when = lambda tick, phase: True
+        await client.submit(run, 3, pass_command("a"))
+        await asyncio.sleep(1)
+        group.crash_when = lambda tick, phase: False
+        assert await client.do(run, 4, pass_command("b")) == ("create", "a", "b")
+        listed, _ = await plane.list_checkpoints(TENANT, run, None, 0)
+        assert [checkpoint["tinker_path"] for checkpoint in listed] == [kept]
