@@ -109,6 +109,9 @@ class ModelConfig(Strict):
     microbatch_tokens: int = Field(4_096, ge=1, description="token budget of one packed microbatch")
     logits_chunk_tokens: int = Field(256, ge=1, description="rows of logits alive at once")
     activation_checkpointing: bool = False
+    kernels: Literal["auto", "loop", "grouped"] = Field(
+        "auto", description="LoRA products: one per adapter, or grouped; auto: grouped on GPU if shapes fit"
+    )
     deterministic: bool = Field(
         False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
     )

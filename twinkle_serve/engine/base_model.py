@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import attention, experts
 from twinkle_serve.engine.attention import Attend, AttentionSwitch, PackedCausal
+from twinkle_serve.engine.grouped import fits
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import AdapterLayout, Group, Target
 from twinkle_serve.engine.logprobs import (
@@ -160,10 +161,12 @@ def prepare(
     targets.append(Target("linear", "lm_head", "unembed", head.in_features, head.out_features))
     model.set_attn_implementation(attention.IMPLEMENTATION)
     model.config._experts_implementation = experts.IMPLEMENTATION
+    layout = AdapterLayout.build(targets)
+    segments.grouped = _grouped(config, layout, device, dtype)
     return BaseModel(
         model=model,
         info=_info(model, config, directory),
-        layout=AdapterLayout.build(targets),
+        layout=layout,
         segments=segments,
         attention=switch,
         head_target=len(targets) - 1,
@@ -171,6 +174,15 @@ def prepare(
         device=device,
         dtype=dtype,
     )
+
+
+def _grouped(config: ModelConfig, layout: AdapterLayout, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to use grouped products. On the CPU a loop is as fast and does not pad."""
+    if config.kernels == "auto":
+        return device.type == "cuda" and fits(layout, dtype)
+    if config.kernels == "grouped" and not fits(layout, dtype):
+        raise UnsupportedModel("kernels: grouped needs layer widths that are multiples of 16 bytes")
+    return config.kernels == "grouped"
 
 
 def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch) -> list[Target]:

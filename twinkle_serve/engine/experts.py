@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from twinkle_serve.engine.activation import activate, backward_activation
+from twinkle_serve.engine.grouped import GroupedExperts, bounds_of, group_pairs
 from twinkle_serve.engine.layers import Segments, accumulate
 from twinkle_serve.engine.slots import Adapter, Segment
 
@@ -64,6 +65,10 @@ def experts_forward(
     """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H]."""
     targets: ExpertTargets = module.twinkle_targets  # type: ignore[assignment]
     segments = targets.segments.of("mlp")
+    if targets.segments.grouped:
+        groups = targets.segments.stretches("mlp", hidden_states)
+        pairs = group_pairs(top_k_index, int(module.num_experts), groups)  # type: ignore[arg-type]
+        return GroupedExperts.apply(hidden_states, top_k_weights, module, groups, pairs, targets)
     routing = route(top_k_index, int(module.num_experts), segments)  # type: ignore[arg-type]
     return _Experts.apply(hidden_states, top_k_weights, module, routing, segments, targets)
 
@@ -82,7 +87,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, segments: Sequence[Segmen
     token = order // top_k
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    bounds = _bounds(segments, num_tokens)
+    bounds = bounds_of(segments, num_tokens)
     edges = torch.tensor([start for _, start in bounds], device=flat.device)
     segment_of = torch.searchsorted(edges, token, right=True) - 1
     counts = torch.bincount(flat[order] * len(bounds) + segment_of, minlength=num_experts * len(bounds))
@@ -96,20 +101,6 @@ def route(top_k_index: torch.Tensor, num_experts: int, segments: Sequence[Segmen
         if position > first:
             ranges.append((expert, first, position))
     return Routing(token, order, inverse, ranges, blocks)
-
-
-def _bounds(segments: Sequence[Segment], num_tokens: int) -> list[tuple[Adapter | None, int]]:
-    """(adapter, first row) of consecutive stretches that cover all rows, gaps included."""
-    bounds: list[tuple[Adapter | None, int]] = []
-    position = 0
-    for adapter, start, end in segments:
-        if start > position:
-            bounds.append((None, position))
-        bounds.append((adapter, start))
-        position = end
-    if position < num_tokens or not bounds:
-        bounds.append((None, position))
-    return bounds
 
 
 class _Experts(torch.autograd.Function):
@@ -128,7 +119,7 @@ class _Experts(torch.autograd.Function):
         top_k = weights.shape[1]
         hidden_gate, hidden_up = _shared_hidden(x, segments, targets)
         gate_up = _gate_up(x, hidden_gate, hidden_up, module.gate_up_proj, routing, targets)
-        z = _activate(module, gate_up)
+        z = activate(module, gate_up)
         y = x.new_empty(z.shape[0], x.shape[1])
         for expert, start, end in routing.expert_ranges:
             torch.mm(z[start:end], module.down_proj[expert].t(), out=y[start:end])
@@ -153,11 +144,11 @@ class _Experts(torch.autograd.Function):
         x, weights, gate_up, hidden_gate, hidden_up, down_hidden = ctx.saved_tensors
         routing, targets, module = ctx.routing, ctx.targets, ctx.module
         dout = dout.contiguous()
-        z = _activate(module, gate_up)
+        z = activate(module, gate_up)
         dz_unweighted = _backward_down(ctx, z, dout, weights, down_hidden)
         pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1)
         dweights = (z * dz_unweighted).sum(1)[routing.inverse].view_as(weights)
-        dgate_up = _backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
+        dgate_up = backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
         dx_pairs = x.new_empty(gate_up.shape[0], x.shape[1])
         for expert, start, end in routing.expert_ranges:
             torch.mm(dgate_up[start:end], module.gate_up_proj[expert], out=dx_pairs[start:end])
@@ -208,26 +199,6 @@ def _gate_up(
             b_t = adapter.expert_factors(index, expert).b_t
             half[start:end].addmm_(hidden[start:end, :rank], b_t, alpha=adapter.scale)
     return gate_up
-
-
-def _activate(module: Any, gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return module.act_fn(gate) * up
-
-
-def _backward_activation(module: Any, gate_up: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
-    """d(gate_up) from dz, through whatever activation the model has."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    if isinstance(module.act_fn, nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation":
-        dgate_up = torch.empty_like(gate_up)
-        dgate, dup = dgate_up.chunk(2, dim=-1)
-        torch.mul(dz, F.silu(gate), out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dz * up, gate))
-        return dgate_up
-    with torch.enable_grad():
-        leaf = gate_up.detach().requires_grad_()
-        (dgate_up,) = torch.autograd.grad(_activate(module, leaf), leaf, dz)
-    return dgate_up
 
 
 def _down_hidden(

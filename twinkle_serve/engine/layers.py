@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from twinkle_serve.engine.grouped import GroupedLinear, Stretches
 from twinkle_serve.engine.layout import Group
 from twinkle_serve.engine.slots import Segment
 
@@ -25,11 +26,21 @@ class Segments:
     that adapter, so it costs and changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grouped: bool = False) -> None:
+        """grouped: use grouped matrix products (grouped.py) instead of one product per segment."""
+        self.grouped = grouped
         self._by_group: Mapping[Group, Sequence[Segment]] = {}
+        self._stretches: dict[Group, Stretches] = {}
 
     def set(self, by_group: Mapping[Group, Sequence[Segment]]) -> None:
         self._by_group = by_group
+        self._stretches = {}
+
+    def stretches(self, group: Group, rows: torch.Tensor) -> Stretches:
+        """The segments of a group as grouped products take them; made once per batch."""
+        if group not in self._stretches:
+            self._stretches[group] = Stretches.of(self.of(group), rows.shape[0], rows.device)
+        return self._stretches[group]
 
     def of(self, group: Group) -> Sequence[Segment]:
         return self._by_group.get(group, ())
@@ -60,6 +71,10 @@ class LoraLinear(nn.Module):
         if not segments:
             return F.linear(x, self.base.weight, self.base.bias)
         flat = x.reshape(-1, self.in_features)
+        if self.segments.grouped:
+            groups = self.segments.stretches(self.group, flat)
+            y = GroupedLinear.apply(flat, self.base.weight, self.base.bias, groups, self.target_index)
+            return y.view(*x.shape[:-1], self.out_features)
         y = _LoraLinear.apply(flat, self.base.weight, self.base.bias, segments, self.target_index)
         return y.view(*x.shape[:-1], self.out_features)
 
