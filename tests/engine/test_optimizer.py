@@ -119,7 +119,8 @@ def test_it_equals_torch_adamw_for_any_shape_and_hyperparameters(
     params = AdamParams(learning_rate, beta1, beta2, 1e-8, weight_decay, clip)
     weights, grads = torch.randn(rows, columns), gradients((rows, columns), 3)
     mine, plain = ours(weights, grads, [params] * 3), torch_adamw(weights, grads, [params] * 3, fused=False)
-    torch.testing.assert_close(mine, plain, rtol=1e-6, atol=3e-7)
+    # Three steps of up to 0.1 each, rounded in another order by the fused kernel.
+    torch.testing.assert_close(mine, plain, rtol=1e-6, atol=2e-6)
 
 
 def test_many_adapters_at_once_equal_each_alone_bitwise() -> None:
