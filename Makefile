@@ -10,13 +10,16 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo lint test clean
+.PHONY: help venv demo lint test test-faults bench-durability bench-sampling clean
 
 help:
 	@echo "make demo   a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
 	@echo "make test   lint, types and every test"
+	@echo "make test-faults  the long form: 10,000 random schedules, 50 kills of each kind (hours)"
+	@echo "make bench-durability  cost of journal and snapshots on a training step"
 	@echo "make lint   ruff and mypy only"
 	@echo "make venv   .venv with the package in it: .venv/bin/twinkle-serve"
+	@echo "make bench-sampling  tokens a second beside transformers.generate (minutes)"
 	@echo "make clean  remove the virtual environment (models/ stays)"
 
 venv: $(STAMP)
@@ -40,6 +43,21 @@ lint: $(STAMP)
 test: lint
 	@echo "== pytest"
 	$(BIN)/python -m pytest --durations=10
+
+# One thread and sleeping OpenMP workers: other jobs on the machine then disturb all arms alike.
+bench-engine: $(STAMP)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.engine
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.paging
+
+bench-sampling: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling
+
+test-faults: $(STAMP)
+	TWINKLE_SCHEDULES=10000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage
+	TWINKLE_FAULT_SEEDS=50 $(BIN)/python -m pytest tests/faults --durations=10
+
+bench-durability: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.durability
 
 clean:
 	rm -rf .venv
