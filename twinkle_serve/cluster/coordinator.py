@@ -34,6 +34,7 @@ NAMESPACE = "twinkle-serve"
 METHODS = frozenset(name for name in vars(Backend) if not name.startswith("_"))
 _GAUGES_EVERY_S = 5.0
 # Each long poll of each client is one call that waits.
+_RELOAD_S = 30.0
 MAX_WAITING_CALLS = 100_000
 
 
@@ -65,6 +66,7 @@ class Coordinator:
         self._status = Status("loading", "starting")
         self._life: asyncio.Task[None] | None = None
         self._pinged_at = time.monotonic()
+        self._failed_at = 0.0
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """One Backend method. Returns its result, or a Refusal: an exception would reach the caller with
@@ -110,13 +112,7 @@ class Coordinator:
             self._life = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        try:
-            await self._load()
-        except LoadError as error:
-            self._status = Status("failed", str(error))
-        except Exception as error:
-            _log.exception("the coordinator could not start")
-            self._status = Status("failed", f"cannot start: {error}")
+        await self._try_to_load()
         # After `serve shutdown` no replica pings any more, and the base model must not stay behind.
         patience = self._config.ray.orphan_exit_s
         gauges = Gauges()
@@ -124,9 +120,22 @@ class Coordinator:
             await asyncio.sleep(min(_GAUGES_EVERY_S, patience / 20))
             if self._plane is not None:
                 gauges.publish(self._plane.gauges())
+            elif time.monotonic() - self._failed_at > _RELOAD_S:
+                # After a crash the machine may be short of something for a while; clients are waiting.
+                await self._try_to_load()
         _log.warning("nobody has asked for this service for %g s: it ends", patience)
         await self.stop()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _try_to_load(self) -> None:
+        try:
+            return await self._load()
+        except LoadError as error:
+            self._status = Status("failed", str(error))
+        except Exception as error:
+            _log.exception("the coordinator could not start")
+            self._status = Status("failed", f"cannot start: {error}")
+        self._failed_at = time.monotonic()
 
     def _fenced(self) -> None:
         """Another coordinator has taken over; whatever this one does now is lost."""
