@@ -59,14 +59,15 @@ class Tenants:
             },
         )
 
-    def step(self, slots: list[int], batches: list[DatumBatch]) -> None:
-        """One tick: passes and optimizer steps of all ``slots``."""
+    def step(self, slots: list[int], batches: list[DatumBatch], deterministic: bool = False) -> None:
+        """One tick: passes and optimizer steps of all ``slots``. deterministic: microbatches as that mode
+        makes them, where requests do not share one."""
         passes = tuple(
             Pass(f"pass-{slot}", slot, batches[slot].pack(), "cross_entropy", {}, True) for slot in slots
         )
         loads = [Load(slot, True, tuple(batches[slot].lengths.tolist())) for slot in slots]
         steps = tuple(OptimStep(f"step-{slot}", slot, AdamParams()) for slot in slots)
-        microbatches = pack(loads, MICROBATCH_TOKENS, False)
+        microbatches = pack(loads, MICROBATCH_TOKENS, deterministic)
         outcomes = list(self.engine.run(Tick(1, passes=passes, microbatches=microbatches, optim_steps=steps)))
         assert all(getattr(outcome, "failure", None) is None for outcome in outcomes)
 
@@ -116,12 +117,16 @@ def _measure_one(
     arms = {
         "batched": lambda: tenants.step(slots, batches),
         "one by one": lambda: [tenants.step([slot], batches) for slot in slots],
+        "deterministic": lambda: tenants.step(slots, batches, deterministic=True),
         "peft": lambda: [bare(batch) for batch in batches],
     }
     times = interleave(arms, rounds=7 if tokens * count <= 4096 else 3)
     batched, alone, peft = times["batched"], times["one by one"], times["peft"]
     aim = BATCHED_TARGETS.get((tokens, count), ">= 1.0" if count > 1 else "")
     report.row(f"{label}, batched over one by one", alone.cpu / batched.cpu, aim, timings=times)
+    if count > 1:
+        cost = times["deterministic"].cpu / batched.cpu
+        report.row(f"{label}, deterministic mode costs (times batched)", cost)
     aim = ">= 0.95" if count == 1 else ">= 6" if (tokens, count) == (64, 8) else ""
     report.row(f"{label}, batched over torch + PEFT", peft.cpu / batched.cpu, aim)
 

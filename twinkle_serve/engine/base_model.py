@@ -249,6 +249,11 @@ def _info(model: PreTrainedModel, config: ModelConfig, directory: Path) -> Model
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
     if config.max_context_length is not None:
         limit = min(limit, config.max_context_length) if limit else config.max_context_length
+    if not limit:
+        raise UnsupportedModel(
+            f"{directory} does not say how long its context is (max_position_embeddings); "
+            f"set max_context_length for {config.name}"
+        )
     eos = getattr(model.generation_config, "eos_token_id", None)
     if eos is None:
         eos = getattr(model.config, "eos_token_id", None)

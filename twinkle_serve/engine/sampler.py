@@ -224,7 +224,7 @@ class Sampler:
             raise AssertionError("a prompt that fits the cache was refused by an empty cache")
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> None:
-        chunks = sorted(chunks, key=lambda chunk: id(chunk[0].job.adapter))
+        chunks = sorted(chunks, key=lambda chunk: chunk[0].job.adapter_name)
         spans = [(sequence, sequence.rows.length, count) for sequence, count in chunks]
         tokens = [t for s, start, n in spans for t in s.tokens[start : start + n]]
         positions = [p for _, start, n in spans for p in range(start, start + n)]
@@ -295,7 +295,7 @@ class Sampler:
         self._prefilling.appendleft(sequence)
 
     def _decode(self) -> None:
-        batch = sorted(self._decoding, key=lambda sequence: id(sequence.job.adapter))
+        batch = sorted(self._decoding, key=lambda sequence: sequence.job.adapter_name)
         segments = make_segments((sequence.job.adapter, 1) for sequence in batch)
         hidden = self._forward(
             [sequence.tokens[-1] for sequence in batch],

@@ -130,10 +130,14 @@ class Job:
     told_at: float = 0.0
 
     @property
+    def adapter_name(self) -> str:
+        """What batches are sorted by: the same on every rank. Empty for the base model."""
+        return "" if self.sample.adapter is None else self.sample.adapter.adapter
+
+    @property
     def owner(self) -> str:
         """Whose sequences may share cached prefixes: one tenant's, with one adapter."""
-        adapter = self.sample.adapter
-        return f"{self.sample.tenant}\0{'' if adapter is None else adapter.adapter}"
+        return f"{self.sample.tenant}\0{self.adapter_name}"
 
     @property
     def reusable_tokens(self) -> int:
