@@ -168,3 +168,12 @@ def test_models_do_not_share_what_was_put_into_them(tiny_moe: Path) -> None:
     with torch.no_grad():
         assert torch.isfinite(own(torch.tensor([[1, 2, 3]])).logits).all()
     assert base.model.config is not own.config
+
+
+def test_a_model_without_a_context_length_needs_one_in_the_config(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    del model.config.max_position_embeddings
+    config = ModelConfig(name="tiny", path=str(tiny_llama))
+    device = torch.device("cpu")
+    with pytest.raises(UnsupportedModel, match="max_context_length"):
+        base_model.prepare(model, config, tiny_llama, device, torch.float32)
