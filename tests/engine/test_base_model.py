@@ -172,7 +172,7 @@ def test_models_do_not_share_what_was_put_into_them(tiny_moe: Path) -> None:
 
 def test_a_model_without_a_context_length_needs_one_in_the_config(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.config.max_position_embeddings = None
+    model.config.max_position_embeddings = 0
     config = ModelConfig(name="tiny", path=str(tiny_llama))
     device = torch.device("cpu")
     with pytest.raises(UnsupportedModel, match="max_context_length"):
