@@ -10,17 +10,18 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo lint test test-faults bench-durability bench-sampling clean
+.PHONY: help venv demo lint test test-faults bench-engine bench-sampling bench-durability clean
 
 help:
-	@echo "make demo   a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
-	@echo "make test   lint, types and every test"
-	@echo "make test-faults  the long form: 10,000 random schedules, 50 kills of each kind (hours)"
+	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
+	@echo "make test              lint, types and every test"
+	@echo "make test-faults       the long form: 10,000 random schedules, 50 kills of each kind (hours)"
+	@echo "make bench-engine      many tenants in one pass beside one after another, and adapter paging"
+	@echo "make bench-sampling    tokens a second beside transformers.generate"
 	@echo "make bench-durability  cost of journal and snapshots on a training step"
-	@echo "make lint   ruff and mypy only"
-	@echo "make venv   .venv with the package in it: .venv/bin/twinkle-serve"
-	@echo "make bench-sampling  tokens a second beside transformers.generate (minutes)"
-	@echo "make clean  remove the virtual environment (models/ stays)"
+	@echo "make lint              ruff and mypy only"
+	@echo "make venv              .venv with the package in it: .venv/bin/twinkle-serve"
+	@echo "make clean             remove the virtual environment (models/ stays)"
 
 venv: $(STAMP)
 
