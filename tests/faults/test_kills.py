@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import Loop, Server
+from tests.faults.proxy import bad_network
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 20
@@ -62,3 +63,13 @@ def test_a_kill_changes_nothing(
             if victim == "everything":
                 server.start()
         assert _seen(server, loop) == quiet
+
+
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_a_bad_network_changes_nothing(
+    tmp_path: Path, server_on: Callable[[Path], Any], quiet: dict[str, Any], seed: int
+) -> None:
+    with server_on(tmp_path) as server, bad_network(server.url, seed) as proxy:
+        loop = Loop(f"http://127.0.0.1:{proxy.port}", STEPS, tmp_path / "client.log")
+        assert _seen(server, loop) == quiet
+        assert min(proxy.counts[fate] for fate in ("lost", "twice", "late")) > 5

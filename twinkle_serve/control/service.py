@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
 
 _SWEEP_EVERY_S = 5.0
+_LISTING_S = 2.0
 _RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
 _FULL = "this server's room for adapters is full; a new run starts once another one ends"
 _STOPPING = Failure("the server is shutting down", "server")
@@ -104,7 +105,7 @@ class ControlPlane:
         for timer in [*self._gap_timers.values(), *filter(None, [self._sweep_timer])]:
             timer.cancel()
         if self._keeper is not None:
-            await self._keeper.close(timeout_s)
+            await self._keeper.close(min(timeout_s, _LISTING_S))
             self._books.promises.wake_all()
         else:
             self._books.promises.fail_all(_STOPPING, self._clock.now())
