@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.testing.server import free_port
 
 LOOP = Path(__file__).parent / "sdk_loop.py"
-READY_S = 120.0
+READY_S = 240.0
 
 
 @dataclass
@@ -94,8 +95,8 @@ class Server:
         if what == "everything":
             self.process.wait()
             deadline = time.monotonic() + 30
-            while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            while not _is_free(self.port) and time.monotonic() < deadline:
+                time.sleep(0.02)  # a killed process holds its sockets until its last thread is gone
 
     def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:
@@ -111,11 +112,14 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class Loop:
