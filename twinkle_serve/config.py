@@ -47,7 +47,7 @@ class StorageConfig(Strict):
         None, description="SQLAlchemy URL of the catalogue; null: SQLite below root"
     )
     journal_url: str | None = Field(
-        None, description="SQLAlchemy URL of the journal of accepted training requests; null: SQLite below root"
+        None, description="SQLAlchemy URL of the journal of accepted requests; null: SQLite below root"
     )
     journal_sync: Literal["FULL", "NORMAL"] = Field(
         "FULL",

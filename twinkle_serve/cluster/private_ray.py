@@ -25,6 +25,8 @@ _SWITCHES = {
     # Despite its name this is what makes Ray choose 127.0.0.1 for itself and bind nothing else.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
+    # Ray would start the ranks at niceness 15, and a busy machine would starve them.
+    "RAY_worker_niceness": "0",
     # Serve's own switch: a replica's log would otherwise repeat every request.
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
