@@ -52,6 +52,7 @@ bench-engine: $(STAMP)
 
 bench-sampling: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.load
 
 test-faults: $(STAMP)
 	TWINKLE_SCHEDULES=10000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage

@@ -27,7 +27,6 @@ CLIENT_CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_bytes_count": 64_000_000,
     "fwdbwd_dispatch_bytes_semaphore_size": 128_000_000,
     "sample_enable_stuck_detection": True,
-    "sample_max_concurrent_requests": 2000,
     "sample_use_retrieve_futures": False,
     "custom_loss_server_side": False,
     "sample_join_sampling_session": False,
@@ -43,7 +42,11 @@ DYNAMIC_CONFIG = {
 @router.post("/client/config")
 async def client_config(call: Authenticated) -> Response:
     """What a client asks first of all."""
-    return reply(CLIENT_CONFIG)
+    models = call.gateway.config.models
+    # As many samples as the busiest model takes in keep it busy. More would only stand in line at the HTTP
+    # proxy, which is first come first served, and keep heartbeats waiting for seconds.
+    room = max(64, *(2 * model.sampler.max_batch for model in models))
+    return reply(CLIENT_CONFIG | {"sample_max_concurrent_requests": room})
 
 
 @router.post("/client/dynamic_config")
