@@ -136,6 +136,9 @@ class LimitsConfig(Strict):
     sample_abandon_s: float = Field(
         120.0, gt=0, description="a sample that nobody polled for so long is dropped; a held poll counts"
     )
+    parked_bytes_per_run: int = Field(
+        2**30, ge=2**20, description="training data that may wait for an earlier request of its run, bytes"
+    )
     max_datums_per_request: int = Field(65_536, ge=1)
     max_num_samples: int = Field(256, ge=1)
     sampler_snapshots_per_run: int = Field(4, ge=1, description="newest ephemeral snapshots kept per run")

@@ -124,6 +124,21 @@ async def test_with_a_full_disk_training_waits_and_goes_on():
 
 
 @virtual
+async def test_a_client_cannot_send_ahead_without_end():
+    store = Store()
+    store.config.limits.parked_bytes_per_run = 2**20
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        for seq_id in (2, 3):
+            await client.submit(run, seq_id, pass_command("x" * 2**19))
+        with pytest.raises(BackendUnavailable, match="waits for seq_id 1"):
+            await client.submit(run, 4, pass_command("y"))
+        await client.submit(run, 1, pass_command("a"))
+        assert len(await client.do(run, 4, pass_command("y"))) == 5
+
+
+@virtual
 async def test_a_full_journal_makes_room_for_itself():
     store = Store(snapshot_every_s=1e9, snapshot_every_steps=10**6)
     async with store.opened() as plane:

@@ -123,6 +123,11 @@ class CommandLog(Generic[C]):
         self.ready.extendleft(reversed(entries))
 
     @property
+    def parked(self) -> list[C]:
+        """The commands that wait for a smaller seq_id."""
+        return [entry.command for entry in self._parked.values()]
+
+    @property
     def is_held(self) -> bool:
         return self._is_held
 

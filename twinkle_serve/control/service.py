@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from twinkle_serve.config import Config
 from twinkle_serve.control import recovery
 from twinkle_serve.control.assembly import check_loadable
-from twinkle_serve.control.backend import Command, Invalid, NotFound, Poll, RunInfo
+from twinkle_serve.control.backend import Command, Invalid, NotFound, PassCommand, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
@@ -259,6 +259,7 @@ class ControlPlane:
             return self._failed(tenant, run.down)  # its log may lack what others wait for
         driver = self._driver(run.record.base_model)
         self._check_room()
+        self._check_parked(run, seq_id)
         request_id = self._open(tenant, ("run", run_id, seq_id))
         if self._keeper is not None:
             number = run.log.next_number if seq_id is None else seq_id
@@ -275,6 +276,15 @@ class ControlPlane:
         if self._keeper is not None:
             await self._keeper.durable(request_id)
         return request_id
+
+    def _check_parked(self, run: Run, seq_id: int | None) -> None:
+        """A client may send far ahead of a request that does not come, but not without end."""
+        missing = run.log.missing
+        if missing is None or seq_id is None or seq_id <= missing:
+            return
+        parked = sum(len(c.datums) for c in run.log.parked if isinstance(c, PassCommand))
+        if parked > self._limits.parked_bytes_per_run:
+            raise BackendUnavailable(f"too much waits for seq_id {missing}, which has not arrived")
 
     def _check_room(self) -> None:
         if self._keeper is not None:
