@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GPT2Config,
+    GraniteConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import base_model
@@ -130,11 +142,53 @@ def test_a_model_with_code_of_its_own_is_refused(tiny_llama: Path, tmp_path: Pat
         load(directory)
 
 
-def test_an_architecture_without_our_projections_is_refused(tmp_path: Path) -> None:
-    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2), "GPT2LMHeadModel"),
+        (Glm4Config(**SMALL, head_dim=8, pad_token_id=0), "gate/up/down projections"),  # gate_up in one
+        (Gemma2Config(**SMALL, head_dim=8), "attn_logit_softcapping is not served"),
+        (GraniteConfig(**SMALL, logits_scaling=2.0), "packed logits differ"),
+    ],
+)
+def test_an_architecture_that_we_would_get_wrong_is_refused(
+    config: Any, message: str, tmp_path: Path
+) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel"):
+    with pytest.raises(UnsupportedModel, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(**SMALL),  # biases
+        MistralConfig(**SMALL, sliding_window=5),  # shorter than the probe
+        Qwen2MoeConfig(
+            **SMALL,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+        Gemma3TextConfig(**SMALL, head_dim=8),  # scaled embeddings, norms of another kind
+    ],
+)
+def test_relatives_of_the_named_families_load(config: Any, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load(tmp_path).layout.row_size > 0  # its logits were compared while it was loaded
 
 
 def test_missing_weights_are_an_os_error(tiny_llama: Path, tmp_path: Path) -> None:

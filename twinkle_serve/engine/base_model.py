@@ -44,6 +44,9 @@ _LINEAR_GROUPS: dict[str, Group] = {
     "down_proj": "mlp",
 }
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+# Small models may not show the difference that these make, so _verify alone would not do.
+_UNSERVED_SWITCHES = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 class UnsupportedModel(ValueError):
@@ -205,7 +208,7 @@ def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch)
                 found.add("experts")
             if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
                 module.twinkle_attention = switch
-        if not found >= _ATTENTION or not found & {"experts", "down_proj"}:
+        if not found >= _ATTENTION or not (found >= _MLP or "experts" in found):
             raise UnsupportedModel(
                 f"{type(model).__name__}: decoder layer {index} has no separate q_proj, k_proj, v_proj, "
                 "o_proj and gate/up/down projections or fused experts; served are Llama, Mistral, Qwen2, "
@@ -277,6 +280,9 @@ def _read_config(directory: Path) -> object:
     config = AutoConfig.from_pretrained(directory)
     if getattr(config, "auto_map", None):
         raise UnsupportedModel(f"{directory} needs code of its own (auto_map); that is not run here")
+    for switch in _UNSERVED_SWITCHES:
+        if getattr(config, switch, None) is not None:
+            raise UnsupportedModel(f"{directory}: {switch} is not served")
     return config
 
 
