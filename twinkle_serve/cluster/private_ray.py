@@ -29,6 +29,7 @@ _SWITCHES = {
     "RAY_worker_niceness": "0",
     # Serve's own switch: a replica's log would otherwise repeat every request.
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "twinkle_serve.cluster.proxy_hook:middlewares",
 }
 
 
