@@ -72,4 +72,4 @@ def test_a_bad_network_changes_nothing(
     with server_on(tmp_path) as server, bad_network(server.url, seed) as proxy:
         loop = Loop(f"http://127.0.0.1:{proxy.port}", STEPS, tmp_path / "client.log")
         assert _seen(server, loop) == quiet
-        assert min(proxy.counts[fate] for fate in ("lost", "twice", "late")) > 5
+        assert min(proxy.counts[fate] for fate in ("lost", "twice", "late")) >= 2
