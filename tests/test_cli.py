@@ -238,3 +238,20 @@ def test_a_signal_while_starting_leaves_nothing_behind(config: Path, tiny_llama:
         assert process.wait(30) == 0, rest
         assert _gone(pids)
         assert not list(Path(scratch).glob("twinkle-*"))
+
+
+def test_keys_are_given_out_listed_rotated_and_revoked(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def keys(*arguments: str) -> str:
+        assert main(["keys", str(config), *arguments]) == 0
+        return capsys.readouterr().out.strip()
+
+    first = keys("create", "alice")
+    assert first.startswith("tml-")
+    assert keys("list").startswith("alice\tactive")
+    assert keys("rotate", "alice") not in ("", first)
+    assert keys("revoke", "alice") == "alice: revoked"
+    assert "active" not in keys("list")
+    assert "'alice' has no key" in _fails(capsys, "keys", str(config), "revoke", "alice")
+    assert "needs a name" in _fails(capsys, "keys", str(config), "create")

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     command("check-config", check_config, "Say whether a configuration is right.")
     printing = command("print-config", print_config, "Print the configuration with overrides applied.")
     printing.add_argument("--serve", action="store_true", help="in the form that `serve deploy` takes")
+    keys = command("keys", keys_command, "Give out, list, rotate and revoke API keys (auth.mode keys).")
+    keys.add_argument("action", choices=["create", "list", "rotate", "revoke"])
+    keys.add_argument("name", nargs="?", help="whom the key is for")
     return parser
 
 
@@ -96,6 +99,27 @@ def print_config(config: Config, options: argparse.Namespace) -> None:
     else:
         tree = config.model_dump(mode="json")
     print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+
+
+def keys_command(config: Config, options: argparse.Namespace) -> None:
+    """A new key is printed once and cannot be shown again; a revoked one stops working within a minute."""
+    from twinkle_serve.storage.keys import KeyStore
+
+    store = KeyStore(config.storage.root)
+    try:
+        if options.action == "list":
+            for record in store.list():
+                state = "revoked" if record.revoked_at else "active"
+                print(f"{record.name}\t{state}\tsince {time.ctime(record.revoked_at or record.created_at)}")
+            return
+        if options.name is None:
+            raise CommandError(f"keys {options.action} needs a name")
+        result = getattr(store, options.action)(options.name)
+        print(result if result is not None else f"{options.name}: revoked")
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    finally:
+        store.close()
 
 
 # up -----------------------------------------------------------------------------------------------------

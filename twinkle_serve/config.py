@@ -34,11 +34,33 @@ class HttpConfig(Strict):
     )
 
 
+class ModelScopeConfig(Strict):
+    endpoint: str = Field("https://modelscope.cn", description="the site whose tokens count; there are two")
+    marker_repo: str | None = Field(
+        None, pattern=r"^[^/\s]+/[^/\s]+$", description="owner/name of a model that only members can see"
+    )
+    allow_users: list[str] = Field(default_factory=list, description="user names that may come in anyway")
+    cache_s: float = Field(300.0, ge=0, le=3600, description="how long a good token is believed, seconds")
+    grace_s: float = Field(
+        3600.0, ge=0, description="how long one is still believed while ModelScope is away, seconds"
+    )
+
+
 class AuthConfig(Strict):
     mode: Literal["open", "keys", "modelscope"] = Field(
-        "open", description="open: every distinct key is its own tenant, loopback only"
+        "open",
+        description="open: every distinct key is its own tenant, loopback only; keys: those that "
+        "`twinkle-serve keys` gave out; modelscope: tokens of members of an organisation",
     )
     allow_public: bool = Field(False, description="let mode open listen on an address that is not loopback")
+    modelscope: ModelScopeConfig = ModelScopeConfig()
+
+    @model_validator(mode="after")
+    def _somebody_may_come_in(self) -> AuthConfig:
+        gate = self.modelscope
+        if self.mode == "modelscope" and gate.marker_repo is None and not gate.allow_users:
+            raise ValueError("mode modelscope needs modelscope.marker_repo or modelscope.allow_users")
+        return self
 
 
 class StorageConfig(Strict):

@@ -4,9 +4,9 @@ import httpx
 import pytest
 
 from tests.gateway.scripted import ScriptedBackend
-from twinkle_serve.config import AuthConfig, Config
+from twinkle_serve.config import Config
 from twinkle_serve.gateway.app import create_app
-from twinkle_serve.gateway.identity import OpenIdentity, api_key, create_identity
+from twinkle_serve.gateway.identity import OpenIdentity, api_key
 from twinkle_serve.protocol.errors import Unauthorized
 
 # Answered without a key: a probe, and a link that carries its own proof.
@@ -41,11 +41,6 @@ async def test_each_key_is_a_tenant_that_does_not_show_the_key() -> None:
     assert "secret" not in one.tenant + one.name
     with pytest.raises(Unauthorized):
         await identity.identify({})
-
-
-def test_modes_that_come_later_are_refused_at_start() -> None:
-    with pytest.raises(ValueError, match="modelscope"):
-        create_identity(AuthConfig(mode="modelscope"))
 
 
 async def test_every_route_needs_a_key(backend: ScriptedBackend, config: Config) -> None:

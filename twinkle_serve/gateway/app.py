@@ -43,7 +43,7 @@ def create_app(
     gateway = Gateway(
         backend_provider=backend_provider,
         config=config,
-        identity=identity or create_identity(config.auth),
+        identity=identity or create_identity(config),
         links=Links(signing_secret or secrets.token_bytes(32)),
         resolve=resolve,
     )
