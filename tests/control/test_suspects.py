@@ -39,6 +39,18 @@ def test_deaths_in_changing_company_are_not_added_up():
     assert not suspects.must_wait("a")
 
 
+def test_a_trial_without_work_ends():
+    suspects = Suspects()
+    for _ in range(2):
+        suspects.died([("a1", "a"), ("b1", "b")])
+    assert suspects.must_wait("b")
+    suspects.forgive()
+    assert suspects.must_wait("a")
+    suspects.forgive()
+    assert not suspects.is_trying
+    assert not suspects.must_wait("a")
+
+
 @virtual
 async def test_a_request_that_kills_the_group_is_given_up_and_everybody_else_goes_on(tmp_path):
     import random

@@ -189,6 +189,9 @@ class GroupDriver:
 
     async def _step(self) -> None:
         window = self.planner.next(self.books.clock.now())
+        while self._suspects.is_trying and self.planner.has_work and window == Window(()):
+            self._suspects.forgive()
+            window = self.planner.next(self.books.clock.now())
         assembly = Assembly()
         tick = None
         try:

@@ -41,6 +41,17 @@ class Suspects:
                 self._alone = None
                 self._choose()
 
+    @property
+    def is_trying(self) -> bool:
+        return self._alone is not None
+
+    def forgive(self) -> None:
+        """Whoever is being tried alone has nothing to do any more (a snapshot has it): the trial is over."""
+        for request_id in [r for r, run_id in self._runs.items() if run_id == self._alone]:
+            del self._deaths[request_id], self._runs[request_id]
+        self._alone = None
+        self._choose()
+
     def must_wait(self, run_id: str) -> bool:
         """Whether another run is being tried alone."""
         return self._alone is not None and run_id != self._alone
