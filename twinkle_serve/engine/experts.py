@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -82,25 +83,35 @@ def route(top_k_index: torch.Tensor, num_experts: int, segments: Sequence[Segmen
     Segments are ascending and disjoint, so a stable sort by expert leaves an expert's pairs in segment order.
     """
     num_tokens, top_k = top_k_index.shape
-    flat = top_k_index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
+    # In numpy: for the few pairs of a decode step, launching torch operators would cost more than sorting.
+    flat = top_k_index.reshape(-1).cpu().numpy()
+    order = np.argsort(flat, kind="stable")
     token = order // top_k
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(order.size)
     bounds = bounds_of(segments, num_tokens)
-    edges = torch.tensor([start for _, start in bounds], device=flat.device)
-    segment_of = torch.searchsorted(edges, token, right=True) - 1
-    counts = torch.bincount(flat[order] * len(bounds) + segment_of, minlength=num_experts * len(bounds))
-    ranges, blocks, position = [], [], 0
-    for expert, row in enumerate(counts.view(num_experts, len(bounds)).tolist()):
-        first = position
-        for (adapter, _), count in zip(bounds, row, strict=True):
-            if count:
-                blocks.append(Block(expert, adapter, position, position + count))
-                position += count
-        if position > first:
-            ranges.append((expert, first, position))
-    return Routing(token, order, inverse, ranges, blocks)
+    edges = [start for _, start in bounds]
+    keys = flat[order] * len(bounds) + np.searchsorted(edges, token, side="right") - 1
+    found, counts = np.unique(keys, return_counts=True)
+    ranges: list[tuple[int, int, int]] = []
+    blocks, position = [], 0
+    for key, count in zip(found.tolist(), counts.tolist(), strict=True):
+        expert, bound = divmod(key, len(bounds))
+        end = position + count
+        blocks.append(Block(expert, bounds[bound][0], position, end))
+        if ranges and ranges[-1][0] == expert:
+            ranges[-1] = (expert, ranges[-1][1], end)
+        else:
+            ranges.append((expert, position, end))
+        position = end
+    device = top_k_index.device
+    return Routing(
+        torch.from_numpy(token).to(device),
+        torch.from_numpy(order).to(device),
+        torch.from_numpy(inverse).to(device),
+        ranges,
+        blocks,
+    )
 
 
 class _Experts(torch.autograd.Function):
@@ -184,12 +195,14 @@ def _gate_up(
 ) -> torch.Tensor:
     """Gate and up of every sorted pair, side by side: [P, 2I]."""
     x_pairs = x.index_select(0, routing.token)
-    gate_pairs = hidden_gate.index_select(0, routing.token)
-    up_pairs = hidden_up.index_select(0, routing.token)
     inner = projection.shape[1] // 2
     gate_up = x.new_empty(x_pairs.shape[0], 2 * inner)
     for expert, start, end in routing.expert_ranges:
         torch.mm(x_pairs[start:end], projection[expert].t(), out=gate_up[start:end])
+    if hidden_gate.shape[1] == 0:
+        return gate_up
+    gate_pairs = hidden_gate.index_select(0, routing.token)
+    up_pairs = hidden_up.index_select(0, routing.token)
     gate_half, up_half = gate_up[:, :inner], gate_up[:, inner:]
     for expert, adapter, start, end in routing.blocks:
         if adapter is None:
@@ -205,6 +218,8 @@ def _down_hidden(
     z: torch.Tensor, weights: torch.Tensor, routing: Routing, targets: ExpertTargets, max_rank: int
 ) -> torch.Tensor:
     """The down product in rank space, summed over a token's experts with their weights: [T, max rank]."""
+    if max_rank == 0:
+        return z.new_empty(weights.shape[0], 0)
     pairs = z.new_zeros(z.shape[0], max_rank)
     for expert, adapter, start, end in routing.blocks:
         if adapter is not None:

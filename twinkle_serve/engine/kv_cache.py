@@ -193,9 +193,11 @@ class DecodeAttend:
         self._buckets = [
             _Bucket(sequences, members, cache.device) for members in _bucket_by_length(self._lengths)
         ]
-        self._write = torch.cat([rows.indices(rows.length, rows.length + 1) for rows in sequences]).to(
-            cache.device
-        )
+        write = [
+            rows.blocks[rows.length // BLOCK_TOKENS] * BLOCK_TOKENS + rows.length % BLOCK_TOKENS
+            for rows in sequences
+        ]
+        self._write = torch.tensor(write).to(cache.device)
 
     def __call__(
         self,
@@ -229,12 +231,17 @@ class _Bucket:
     def __init__(self, sequences: Sequence[Rows], members: Sequence[int], device: torch.device) -> None:
         lengths = [sequences[i].length + 1 for i in members]
         self._longest = max(lengths)
-        read = torch.empty(len(members), self._longest, dtype=torch.int64)
-        for row, (i, length) in enumerate(zip(members, lengths, strict=True)):
-            read[row, :length] = sequences[i].indices(0, length)
-            read[row, length:] = read[row, 0]
+        num_blocks = -(-self._longest // BLOCK_TOKENS)
+        table = np.zeros((len(members), num_blocks), np.int64)
+        for row, i in enumerate(members):
+            blocks = sequences[i].blocks[:num_blocks]
+            table[row, : len(blocks)] = blocks
+        read = (table[:, :, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)).reshape(len(members), -1)
+        positions = np.arange(self._longest)
+        inside = positions < np.asarray(lengths)[:, None]
+        read = np.where(inside, read[:, : self._longest], read[:, :1])
         self.members = torch.tensor(members).to(device)
-        self._read = read.view(-1).to(device)
+        self._read = torch.from_numpy(read.reshape(-1)).to(device)
         self._lengths = torch.tensor(lengths).to(device)
         self._padded = min(lengths) < self._longest
         self._masks: dict[int | None, torch.Tensor | None] = {}

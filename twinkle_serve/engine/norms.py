@@ -22,16 +22,23 @@ class FrozenRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.weight * (x.float() * _scale(x.float(), self.eps)).to(x.dtype)
         result: torch.Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return result
+
+
+def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / rms of float32 rows: [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x32 = x.float()
-        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _scale(x32, eps)
         ctx.save_for_backward(x, weight, scale)
         return weight * (x32 * scale).to(x.dtype)
 
