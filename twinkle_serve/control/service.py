@@ -1,7 +1,8 @@
 """The control plane: the Backend that the gateway talks to, over one tick loop a base model.
 
 Knows which registry answers what and which group a run belongs to. Does not know transports, and never
-waits for a tick: commands go into logs, and answers are polled for.
+waits for a tick: commands go into logs, and answers are polled for. What is only looked up or changed on
+record is on_record.py's.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from twinkle_serve.control.commands import BirthCommand, RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.keeper import Durability, Keeper
+from twinkle_serve.control.on_record import OnRecord
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.runs import Run, run_id_for
 from twinkle_serve.control.samplers import sampler_id_for
 from twinkle_serve.control.sampling import Sampling
 from twinkle_serve.control.sessions import Session
-from twinkle_serve.control.views import checkpoint_view, run_view, text_values, weights_view
+from twinkle_serve.control.views import text_values
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
 from twinkle_serve.protocol.work import Failure, ModelInfo
-from twinkle_serve.storage.records import CheckpointRecord, RunRecord, SamplerRecord
+from twinkle_serve.storage.records import RunRecord, SamplerRecord
 
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
@@ -43,7 +45,7 @@ _FULL = "this server's room for adapters is full; a new run starts once another 
 _STOPPING = Failure("the server is shutting down", "server")
 
 
-class ControlPlane:
+class ControlPlane(OnRecord):
     """See control.backend.Backend for what each method promises. ``start`` before, ``close`` after."""
 
     def __init__(
@@ -64,7 +66,7 @@ class ControlPlane:
         self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
-        self._books = open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token)
+        super().__init__(open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token))
         self._keeper: Keeper | None = None
         if durability is not None:
             retention_s = config.limits.result_retention_s
@@ -150,19 +152,6 @@ class ControlPlane:
             self._park(run_id)
         for driver in self._drivers.values():
             driver.wake()
-
-    async def list_sessions(self, tenant: str, limit: int, offset: int) -> list[str]:
-        return self._books.sessions.list(tenant, limit, offset)
-
-    async def get_session(self, tenant: str, session_id: str) -> Mapping[str, Any]:
-        session = self._books.sessions.get(tenant, session_id)
-        info = session.record.info
-        return {
-            "training_run_ids": [run_id for run_id, _ in session.models.values()],
-            "sampler_ids": self._books.samplers.of_session(session_id),
-            "user_metadata": text_values(info.get("user_metadata") or {}),
-            "display_name": info.get("display_name"),
-        }
 
     # training -------------------------------------------------------------------------------------
 
@@ -415,44 +404,6 @@ class ControlPlane:
             return poll
         return Poll("pending", promises.progress(tenant, request_id, after), None, poll.queue_state)
 
-    # management -----------------------------------------------------------------------------------
-
-    async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
-        runs = self._books.runs.of_tenant(tenant)
-        return [self._run_view(run) for run in runs[offset : offset + limit]], len(runs)
-
-    async def get_run(self, tenant: str, run_id: str) -> Mapping[str, Any]:
-        return self._run_view(self._books.runs.get(tenant, run_id))
-
-    async def list_checkpoints(
-        self, tenant: str, run_id: str | None, limit: int | None, offset: int
-    ) -> tuple[list[Mapping[str, Any]], int]:
-        if run_id is None:
-            records = self._books.checkpoints.of_tenant(tenant)
-        else:
-            records = self._books.checkpoints.of_run(self._books.runs.get(tenant, run_id).run_id)
-        end = None if limit is None else offset + limit
-        return [checkpoint_view(record) for record in records[offset:end]], len(records)
-
-    async def weights_info(self, tenant: str, path: str) -> Mapping[str, Any]:
-        record = self._books.checkpoints.find(tenant, path)
-        return weights_view(record.base_model, record.spec)
-
-    async def delete_checkpoint(self, tenant: str, path: str) -> None:
-        self._books.checkpoints.delete(self._owned(tenant, path))
-
-    async def publish_checkpoint(self, tenant: str, path: str, public: bool) -> None:
-        self._books.checkpoints.publish(self._owned(tenant, path), public)
-
-    async def set_checkpoint_ttl(self, tenant: str, path: str, ttl_seconds: int | None) -> None:
-        try:
-            self._books.checkpoints.set_ttl(self._owned(tenant, path), ttl_seconds, self._clock.now())
-        except UserError as error:
-            raise Invalid(str(error)) from None
-
-    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, str]:
-        return self._books.checkpoints.files(self._books.checkpoints.find(tenant, path))
-
     # helpers --------------------------------------------------------------------------------------
 
     def _driver(self, base_model: str) -> GroupDriver:
@@ -461,12 +412,6 @@ class ControlPlane:
             served = ", ".join(self._drivers)
             raise NotFound(f"base model {base_model!r} is not served here; there is: {served}")
         return driver
-
-    def _owned(self, tenant: str, path: str) -> CheckpointRecord:
-        return self._books.checkpoints.owned(tenant, path)
-
-    def _run_view(self, run: Run) -> Mapping[str, Any]:
-        return run_view(run.record, self._books.checkpoints.of_run(run.run_id))
 
     def _open(self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False) -> str:
         if self._closing:
