@@ -163,19 +163,19 @@ def test_routes_cover_every_pair_once(data: st.DataObject) -> None:
     parts = [Segment(o, a, b) for o, a, b in zip(owners, edges, edges[1:], strict=False)]
     parts = [part for part in parts if data.draw(st.booleans())]
 
-    found = route(index, NUM_EXPERTS, parts)
+    found = route(index, parts)
     flat = index.reshape(-1)
     assert torch.equal(found.order[found.inverse], torch.arange(flat.numel()))
     assert torch.equal(found.token, found.order // top_k)
-    covered = []
-    for expert, owner, start, end in found.blocks:
+    end = 0
+    for (expert, owner), size in zip(found.blocks, found.block_sizes, strict=True):
+        start, end = end, end + size
         assert start < end
-        covered += range(start, end)
         for place in range(start, end):
             token = int(found.token[place])
             assert int(flat[found.order[place]]) == expert
             inside = [part.adapter for part in parts if part.start <= token < part.end]
             assert inside == ([] if owner is None else [owner])
-    assert covered == list(range(flat.numel()))
-    assert [(e, s, t) for e, s, t in found.expert_ranges if s >= t] == []
-    assert sum(end - start for _, start, end in found.expert_ranges) == flat.numel()
+    assert end == flat.numel()
+    assert found.experts == sorted(set(flat.tolist()))
+    assert found.expert_sizes == [int((flat == expert).sum()) for expert in found.experts]

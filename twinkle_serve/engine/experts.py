@@ -36,28 +36,23 @@ class ExpertTargets:
     down: int
 
 
-class Block(NamedTuple):
-    """Sorted pairs ``start:end`` go to ``expert`` and belong to ``adapter`` (None: base model only)."""
-
-    expert: int
-    adapter: Adapter | None
-    start: int
-    end: int
-
-
 class Routing(NamedTuple):
     """Token-expert pairs sorted by (expert, segment).
 
     token: int64 [P], the token of each sorted pair. order: the sorted pairs' places in the [T, K] grid, and
-    inverse its inverse. expert_ranges: (expert, start, end) of experts that got pairs. blocks: finer, the
-    pairs of one expert and one adapter.
+    inverse its inverse. experts: those that got pairs, and expert_sizes how many. blocks: finer, the pairs of
+    one expert and one adapter (None: base model only), with block_sizes.
+
+    Tensors of pairs are cut by ``split``: slicing them block by block costs more than some of the products.
     """
 
     token: torch.Tensor
     order: torch.Tensor
     inverse: torch.Tensor
-    expert_ranges: list[tuple[int, int, int]]
-    blocks: list[Block]
+    experts: list[int]
+    expert_sizes: list[int]
+    blocks: list[tuple[int, Adapter | None]]
+    block_sizes: list[int]
 
 
 def experts_forward(
@@ -70,14 +65,14 @@ def experts_forward(
         groups = targets.segments.stretches("mlp", hidden_states)
         pairs = group_pairs(top_k_index, int(module.num_experts), groups)  # type: ignore[arg-type]
         return GroupedExperts.apply(hidden_states, top_k_weights, module, groups, pairs, targets)
-    routing = route(top_k_index, int(module.num_experts), segments)  # type: ignore[arg-type]
+    routing = route(top_k_index, segments)
     return _Experts.apply(hidden_states, top_k_weights, module, routing, segments, targets)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-def route(top_k_index: torch.Tensor, num_experts: int, segments: Sequence[Segment]) -> Routing:
+def route(top_k_index: torch.Tensor, segments: Sequence[Segment]) -> Routing:
     """Sort the pairs of ``top_k_index`` [T, K] by expert, and within an expert by segment.
 
     Segments are ascending and disjoint, so a stable sort by expert leaves an expert's pairs in segment order.
@@ -93,24 +88,27 @@ def route(top_k_index: torch.Tensor, num_experts: int, segments: Sequence[Segmen
     edges = [start for _, start in bounds]
     keys = flat[order] * len(bounds) + np.searchsorted(edges, token, side="right") - 1
     found, counts = np.unique(keys, return_counts=True)
-    ranges: list[tuple[int, int, int]] = []
-    blocks, position = [], 0
-    for key, count in zip(found.tolist(), counts.tolist(), strict=True):
+    experts: list[int] = []
+    expert_sizes: list[int] = []
+    blocks: list[tuple[int, Adapter | None]] = []
+    block_sizes = counts.tolist()
+    for key, count in zip(found.tolist(), block_sizes, strict=True):
         expert, bound = divmod(key, len(bounds))
-        end = position + count
-        blocks.append(Block(expert, bounds[bound][0], position, end))
-        if ranges and ranges[-1][0] == expert:
-            ranges[-1] = (expert, ranges[-1][1], end)
+        blocks.append((expert, bounds[bound][0]))
+        if experts and experts[-1] == expert:
+            expert_sizes[-1] += count
         else:
-            ranges.append((expert, position, end))
-        position = end
+            experts.append(expert)
+            expert_sizes.append(count)
     device = top_k_index.device
     return Routing(
         torch.from_numpy(token).to(device),
         torch.from_numpy(order).to(device),
         torch.from_numpy(inverse).to(device),
-        ranges,
+        experts,
+        expert_sizes,
         blocks,
+        block_sizes,
     )
 
 
@@ -131,10 +129,7 @@ class _Experts(torch.autograd.Function):
         hidden_gate, hidden_up = _shared_hidden(x, segments, targets)
         gate_up = _gate_up(x, hidden_gate, hidden_up, module.gate_up_proj, routing, targets)
         z = activate(module, gate_up)
-        y = x.new_empty(z.shape[0], x.shape[1])
-        for expert, start, end in routing.expert_ranges:
-            torch.mm(z[start:end], module.down_proj[expert].t(), out=y[start:end])
-        out = _combine(y, weights, routing)
+        out = _combine(_base_product(z, module.down_proj.transpose(1, 2), routing), weights, routing)
         down_hidden = _down_hidden(z, weights, routing, targets, _max_rank(segments))
         for adapter, start, end in segments:
             b_t = adapter.factors(targets.down).b_t
@@ -160,12 +155,26 @@ class _Experts(torch.autograd.Function):
         pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1)
         dweights = (z * dz_unweighted).sum(1)[routing.inverse].view_as(weights)
         dgate_up = backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
-        dx_pairs = x.new_empty(gate_up.shape[0], x.shape[1])
-        for expert, start, end in routing.expert_ranges:
-            torch.mm(dgate_up[start:end], module.gate_up_proj[expert], out=dx_pairs[start:end])
-        dx = _sum_over_experts(dx_pairs, routing, ctx.top_k)
+        dx = _sum_over_experts(_base_product(dgate_up, module.gate_up_proj, routing), routing, ctx.top_k)
         _backward_gate_up(ctx, x, dx, dgate_up, hidden_gate, hidden_up, targets)
         return dx, dweights, None, None, None, None
+
+
+def _base_product(pairs: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Every sorted pair [P, D] times its expert's matrix in ``weights`` [E, D, M]: [P, M]."""
+    out = pairs.new_empty(pairs.shape[0], weights.shape[2])
+    parts = zip(
+        routing.experts, pairs.split(routing.expert_sizes), out.split(routing.expert_sizes), strict=True
+    )
+    for expert, rows, into in parts:
+        torch.mm(rows, weights[expert], out=into)
+    return out
+
+
+def _columns(pairs: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """The columns of a block in rank space that the adapter has."""
+    rank = adapter.spec.rank
+    return pairs if pairs.shape[1] == rank else pairs[:, :rank]
 
 
 def _max_rank(segments: Sequence[Segment]) -> int:
@@ -194,23 +203,18 @@ def _gate_up(
     targets: ExpertTargets,
 ) -> torch.Tensor:
     """Gate and up of every sorted pair, side by side: [P, 2I]."""
-    x_pairs = x.index_select(0, routing.token)
-    inner = projection.shape[1] // 2
-    gate_up = x.new_empty(x_pairs.shape[0], 2 * inner)
-    for expert, start, end in routing.expert_ranges:
-        torch.mm(x_pairs[start:end], projection[expert].t(), out=gate_up[start:end])
+    gate_up = _base_product(x.index_select(0, routing.token), projection.transpose(1, 2), routing)
     if hidden_gate.shape[1] == 0:
         return gate_up
-    gate_pairs = hidden_gate.index_select(0, routing.token)
-    up_pairs = hidden_up.index_select(0, routing.token)
-    gate_half, up_half = gate_up[:, :inner], gate_up[:, inner:]
-    for expert, adapter, start, end in routing.blocks:
-        if adapter is None:
-            continue
-        rank = adapter.spec.rank
-        for half, hidden, index in ((gate_half, gate_pairs, targets.gate), (up_half, up_pairs, targets.up)):
-            b_t = adapter.expert_factors(index, expert).b_t
-            half[start:end].addmm_(hidden[start:end, :rank], b_t, alpha=adapter.scale)
+    inner = projection.shape[1] // 2
+    halves = ((gate_up[:, :inner], hidden_gate, targets.gate), (gate_up[:, inner:], hidden_up, targets.up))
+    for half, hidden, index in halves:
+        pairs = hidden.index_select(0, routing.token).split(routing.block_sizes)
+        for block, into, rows in zip(routing.blocks, half.split(routing.block_sizes), pairs, strict=True):
+            expert, adapter = block
+            if adapter is not None:
+                b_t = adapter.expert_factors(index, expert).b_t
+                into.addmm_(_columns(rows, adapter), b_t, alpha=adapter.scale)
     return gate_up
 
 
@@ -221,10 +225,12 @@ def _down_hidden(
     if max_rank == 0:
         return z.new_empty(weights.shape[0], 0)
     pairs = z.new_zeros(z.shape[0], max_rank)
-    for expert, adapter, start, end in routing.blocks:
+    sizes = routing.block_sizes
+    for block, rows, into in zip(routing.blocks, z.split(sizes), pairs.split(sizes), strict=True):
+        expert, adapter = block
         if adapter is not None:
             a_t = adapter.expert_factors(targets.down, expert).a_t
-            torch.mm(z[start:end], a_t, out=pairs[start:end, : adapter.spec.rank])
+            torch.mm(rows, a_t, out=_columns(into, adapter))
     return _combine(pairs, weights, routing)
 
 
@@ -254,19 +260,19 @@ def _backward_down(
         rank = adapter.spec.rank
         torch.mul(dout[start:end] @ factors.b, adapter.scale, out=dhidden[start:end, :rank])
         accumulate(factors.grad_b_t, down_hidden[start:end, :rank].t(), dout[start:end], adapter.scale)
-    dout_pairs = dout.index_select(0, routing.token)
     dhidden_pairs = dhidden.index_select(0, routing.token)
     pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1).to(z.dtype)
-    dz = torch.empty_like(z)
-    for expert, start, end in routing.expert_ranges:
-        torch.mm(dout_pairs[start:end], ctx.module.down_proj[expert], out=dz[start:end])
-    for expert, adapter, start, end in routing.blocks:
-        if adapter is None:
-            continue
-        factors = adapter.expert_factors(targets.down, expert)
-        dh = dhidden_pairs[start:end, : adapter.spec.rank]
-        dz[start:end].addmm_(dh, factors.a)
-        accumulate(factors.grad_a, (dh * pair_weights[start:end]).t(), z[start:end], 1.0)
+    dz = _base_product(dout.index_select(0, routing.token), ctx.module.down_proj, routing)
+    sizes = routing.block_sizes
+    weighted = (dhidden_pairs * pair_weights).split(sizes)
+    parts = zip(
+        routing.blocks, dz.split(sizes), z.split(sizes), dhidden_pairs.split(sizes), weighted, strict=True
+    )
+    for (expert, adapter), into, rows, dh, dh_weighted in parts:
+        if adapter is not None:
+            factors = adapter.expert_factors(targets.down, expert)
+            into.addmm_(_columns(dh, adapter), factors.a)
+            accumulate(factors.grad_a, _columns(dh_weighted, adapter).t(), rows, 1.0)
     return dz
 
 
@@ -280,19 +286,18 @@ def _backward_gate_up(
     targets: ExpertTargets,
 ) -> None:
     """Gradients of A and B of gate and up, and their part of dx, added in place."""
-    routing = ctx.routing
+    routing, sizes = ctx.routing, ctx.routing.block_sizes
     inner = dgate_up.shape[1] // 2
-    for half, hidden, index in ((0, hidden_gate, targets.gate), (1, hidden_up, targets.up)):
+    halves = ((dgate_up[:, :inner], hidden_gate, targets.gate), (dgate_up[:, inner:], hidden_up, targets.up))
+    for dhalf, hidden, index in halves:
         hidden_pairs = hidden.index_select(0, routing.token)
         dhidden_pairs = torch.zeros_like(hidden_pairs)
-        dhalf = dgate_up[:, half * inner : (half + 1) * inner]
-        for expert, adapter, start, end in routing.blocks:
-            if adapter is None:
-                continue
-            factors = adapter.expert_factors(index, expert)
-            rank, dblock = adapter.spec.rank, dhalf[start:end]
-            torch.mm(dblock, factors.b, out=dhidden_pairs[start:end, :rank])
-            accumulate(factors.grad_b_t, hidden_pairs[start:end, :rank].t(), dblock, adapter.scale)
+        parts = (dhalf.split(sizes), hidden_pairs.split(sizes), dhidden_pairs.split(sizes))
+        for (expert, adapter), dblock, rows, into in zip(routing.blocks, *parts, strict=True):
+            if adapter is not None:
+                factors = adapter.expert_factors(index, expert)
+                torch.mm(dblock, factors.b, out=_columns(into, adapter))
+                accumulate(factors.grad_b_t, _columns(rows, adapter).t(), dblock, adapter.scale)
         dhidden = _sum_over_experts(dhidden_pairs, routing, ctx.top_k)
         for adapter, start, end in ctx.segments:
             factors = adapter.factors(index)
