@@ -191,7 +191,7 @@ async def test_a_full_disk_delays_and_loses_nothing(tmp_path):
         await journal.append(entry(0))
         with journal._engine.connect() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-            connection.exec_driver_sql(f"PRAGMA max_page_count={pages + 2}")
+            connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
         waiting = [journal.append(entry(n, payload=os.urandom(5000))) for n in range(1, 4)]
         async with asyncio.timeout(20):
             while journal.stalled is None:
