@@ -3,12 +3,14 @@ tested end to end), and errors that help."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,10 +90,28 @@ def test_an_old_sdk_sees_the_same_numbers(
     assert run_program(version) == seen_now
 
 
+@pytest.fixture(autouse=True)
+def _clients_end_with_their_test() -> Iterator[None]:
+    """Left alone they would send heartbeats, from a thread of this process, to the end of the session."""
+    yield
+    while _clients:
+        _clients.pop().close("success").result()
+    with warnings.catch_warnings():
+        # The SDK leaves sockets to the collector, which would otherwise complain in the middle of another test.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+_clients: list[tinker.ServiceClient] = []
+
+
+def connect(url: str, key: str) -> tinker.ServiceClient:
+    _clients.append(tinker.ServiceClient(base_url=url, api_key=key))
+    return _clients[-1]
+
+
 def client_of(url: str, key: str = "tml-sdk") -> tinker.TrainingClient:
-    return tinker.ServiceClient(base_url=url, api_key=key).create_lora_training_client(
-        "llama", rank=4, seed=3
-    )
+    return connect(url, key).create_lora_training_client("llama", rank=4, seed=3)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -164,7 +184,7 @@ def test_bad_steps_and_names_fail_in_their_turn(url: str) -> None:
 
 
 def test_a_rank_or_model_that_is_not_served(url: str) -> None:
-    holder = tinker.ServiceClient(base_url=url, api_key="tml-bad")
+    holder = connect(url, "tml-bad")
     with pytest.raises(tinker.BadRequestError, match="1 to 32"):
         holder.create_lora_training_client("llama", rank=33).result()
     with pytest.raises(tinker.NotFoundError, match="llama"):
@@ -182,7 +202,7 @@ def test_a_rank_or_model_that_is_not_served(url: str) -> None:
     ],
 )
 def test_bad_samples(url: str, prompt: list[int], params: dict[str, Any], message: str) -> None:
-    holder = tinker.ServiceClient(base_url=url, api_key="tml-bad")
+    holder = connect(url, "tml-bad")
     sampler = holder.create_sampling_client(base_model="llama").result()
     sampling = types.SamplingParams(max_tokens=2, **params)
     with pytest.raises(tinker.RequestFailedError, match=message):
@@ -194,7 +214,7 @@ def test_bad_samples(url: str, prompt: list[int], params: dict[str, Any], messag
 def test_another_key_sees_nothing(url: str) -> None:
     client = client_of(url, "tml-one")
     path = client.save_state("mine").result().path
-    stranger = tinker.ServiceClient(base_url=url, api_key="tml-two")
+    stranger = connect(url, "tml-two")
     with pytest.raises(tinker.NotFoundError):
         stranger.create_training_client_from_state(path).result()
     rest = tinker.RestClient(base_url=url, api_key="tml-two")

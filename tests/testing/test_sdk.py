@@ -19,5 +19,5 @@ def test_a_release_shadows_the_installed_one(models_root: Path) -> None:
     command = [sys.executable, "-c", "import tinker; print(tinker.__version__, tinker.__file__)"]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    assert said.split() == ["0.16.1", str(folder / "tinker" / "__init__.py")]
+    assert said.strip() == f"0.16.1 {folder / 'tinker' / '__init__.py'}"
     assert tinker.__version__ == "0.38.0"
