@@ -54,7 +54,9 @@ async def draw_all(url: str) -> list[Any]:
         prompt = types.ModelInput.from_ints([5 + number % 300, 9, 11 + number % 7])
         return await sampler.sample_async(prompt, 1, params)
 
-    return await asyncio.gather(*(one(number) for number in range(NUM_SAMPLES)))
+    results = await asyncio.gather(*(one(number) for number in range(NUM_SAMPLES)))
+    await service.close("success")
+    return results
 
 
 async def test_512_samples_at_once_and_heartbeats_meanwhile(

@@ -97,7 +97,7 @@ def _clients_end_with_their_test() -> Iterator[None]:
     while _clients:
         _clients.pop().close("success").result()
     with warnings.catch_warnings():
-        # The SDK leaves sockets to the collector, which would otherwise complain in the middle of another test.
+        # The SDK leaves sockets to the collector, which would complain in the middle of another test.
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
 
