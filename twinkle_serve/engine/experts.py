@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twinkle_serve.engine.activation import activate, backward_activation
-from twinkle_serve.engine.grouped import GroupedExperts, bounds_of, group_pairs
+from twinkle_serve.engine.grouped import GroupedExperts, bounds_of, combine, group_pairs, sum_over_experts
 from twinkle_serve.engine.layers import Segments, accumulate
 from twinkle_serve.engine.slots import Adapter, Segment
 
@@ -129,7 +129,7 @@ class _Experts(torch.autograd.Function):
         hidden_gate, hidden_up = _shared_hidden(x, segments, targets)
         gate_up = _gate_up(x, hidden_gate, hidden_up, module.gate_up_proj, routing, targets)
         z = activate(module, gate_up)
-        out = _combine(_base_product(z, module.down_proj.transpose(1, 2), routing), weights, routing)
+        out = combine(_base_product(z, module.down_proj.transpose(1, 2), routing), weights, routing.inverse)
         down_hidden = _down_hidden(z, weights, routing, targets, _max_rank(segments))
         for adapter, start, end in segments:
             b_t = adapter.factors(targets.down).b_t
@@ -155,7 +155,9 @@ class _Experts(torch.autograd.Function):
         pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1)
         dweights = (z * dz_unweighted).sum(1)[routing.inverse].view_as(weights)
         dgate_up = backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
-        dx = _sum_over_experts(_base_product(dgate_up, module.gate_up_proj, routing), routing, ctx.top_k)
+        dx = sum_over_experts(
+            _base_product(dgate_up, module.gate_up_proj, routing), routing.inverse, ctx.top_k
+        )
         _backward_gate_up(ctx, x, dx, dgate_up, hidden_gate, hidden_up, targets)
         return dx, dweights, None, None, None, None
 
@@ -231,19 +233,7 @@ def _down_hidden(
         if adapter is not None:
             a_t = adapter.expert_factors(targets.down, expert).a_t
             torch.mm(rows, a_t, out=_columns(into, adapter))
-    return _combine(pairs, weights, routing)
-
-
-def _combine(pairs: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """sum_k w[t, k] pairs[t, k]: [P, D] -> [T, D]."""
-    num_tokens, top_k = weights.shape
-    grid = pairs.index_select(0, routing.inverse).view(num_tokens, top_k, pairs.shape[1])
-    return torch.bmm(weights.to(pairs.dtype).unsqueeze(1), grid).squeeze(1)
-
-
-def _sum_over_experts(pairs: torch.Tensor, routing: Routing, top_k: int) -> torch.Tensor:
-    num_tokens, width = pairs.shape[0] // top_k, pairs.shape[1]  # no -1: the width is 0 without any adapter
-    return pairs.index_select(0, routing.inverse).view(num_tokens, top_k, width).sum(1)
+    return combine(pairs, weights, routing.inverse)
 
 
 def _backward_down(
@@ -298,7 +288,7 @@ def _backward_gate_up(
                 factors = adapter.expert_factors(index, expert)
                 torch.mm(dblock, factors.b, out=_columns(into, adapter))
                 accumulate(factors.grad_b_t, _columns(rows, adapter).t(), dblock, adapter.scale)
-        dhidden = _sum_over_experts(dhidden_pairs, routing, ctx.top_k)
+        dhidden = sum_over_experts(dhidden_pairs, routing.inverse, ctx.top_k)
         for adapter, start, end in ctx.segments:
             factors = adapter.factors(index)
             dh = dhidden[start:end, : adapter.spec.rank]

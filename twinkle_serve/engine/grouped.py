@@ -194,13 +194,14 @@ def _all_experts(blocks: torch.Tensor, num_experts: int) -> torch.Tensor:
     return split.permute(1, 2, 0, 3).reshape(-1, rank, num_experts * inner)
 
 
-def _combine(pairs: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def combine(pairs: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """sum_k w[t, k] pairs[t, k]: [P, D] -> [T, D]."""
     grid = pairs.index_select(0, inverse).view(*weights.shape, pairs.shape[1])
     return torch.bmm(weights.to(pairs.dtype).unsqueeze(1), grid).squeeze(1)
 
 
-def _sum(pairs: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    num_tokens, width = pairs.shape[0] // top_k, pairs.shape[1]
+def sum_over_experts(pairs: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
+    num_tokens, width = pairs.shape[0] // top_k, pairs.shape[1]  # no -1: the width is 0 without any adapter
     return pairs.index_select(0, inverse).view(num_tokens, top_k, width).sum(1)
 
 
@@ -227,9 +228,9 @@ class GroupedExperts(torch.autograd.Function):
             gate_up[:, half] += _mm(shared[pairs.token], own, pairs.block_ends)
             hidden.append(shared)
         z = activate(module, gate_up)
-        out = _combine(_mm(z, module.down_proj.transpose(1, 2), pairs.expert_ends), weights, pairs.inverse)
+        out = combine(_mm(z, module.down_proj.transpose(1, 2), pairs.expert_ends), weights, pairs.inverse)
         own = _per_expert(groups.stack(targets.down, num_experts * inner, _a, x), num_experts)
-        down = _combine(_mm(z, own.transpose(1, 2), pairs.block_ends), weights, pairs.inverse)
+        down = combine(_mm(z, own.transpose(1, 2), pairs.block_ends), weights, pairs.inverse)
         out += _mm(down, groups.stack(targets.down, x.shape[1], _b_t, x) * scales, groups.ends)
         ctx.save_for_backward(x, weights, gate_up, *hidden, down)
         ctx.module, ctx.groups, ctx.pairs, ctx.targets = module, groups, pairs, targets
@@ -245,7 +246,9 @@ class GroupedExperts(torch.autograd.Function):
         dz = _backward_down(ctx, z, dout.contiguous(), pair_weights)
         dweights = (z * dz).sum(1)[pairs.inverse].view_as(weights)
         dgate_up = backward_activation(module, gate_up, dz * pair_weights)
-        dx = _sum(_mm(dgate_up, module.gate_up_proj, pairs.expert_ends), pairs.inverse, weights.shape[1])
+        dx = sum_over_experts(
+            _mm(dgate_up, module.gate_up_proj, pairs.expert_ends), pairs.inverse, weights.shape[1]
+        )
         return _backward_gate_up(ctx, x, dx, dgate_up), dweights, None, None, None, None
 
 
@@ -274,7 +277,7 @@ def _backward_gate_up(ctx: Any, x: torch.Tensor, dx: torch.Tensor, dgate_up: tor
     for half, index, shared in zip(halves, (targets.gate, targets.up), hidden, strict=True):
         dhalf = dgate_up[:, half].contiguous()
         own = _per_expert(groups.stack(index, num_experts * inner, _b_t, x) * scales, num_experts)
-        dhidden = _sum(_mm(dhalf, own.transpose(1, 2), pairs.block_ends), pairs.inverse, top_k)
+        dhidden = sum_over_experts(_mm(dhalf, own.transpose(1, 2), pairs.block_ends), pairs.inverse, top_k)
         gradient = _all_experts(_outer(shared[pairs.token], dhalf, pairs.block_ends), num_experts)
         groups.accumulate(index, _grad_b_t, gradient * groups.scales)
         groups.accumulate(index, _grad_a, _outer(dhidden, x, groups.ends))
