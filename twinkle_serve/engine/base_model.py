@@ -29,6 +29,7 @@ from twinkle_serve.engine.logprobs import (
     top_k_logprobs,
 )
 from twinkle_serve.engine.norms import replace_norms
+from twinkle_serve.engine.pulse import listen
 from twinkle_serve.engine.slots import Segment
 from twinkle_serve.protocol.work import ModelInfo
 
@@ -194,6 +195,7 @@ def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch)
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
+    listen(layers)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     for index, layer in enumerate(layers):
         found: set[str] = set()

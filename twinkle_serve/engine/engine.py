@@ -24,6 +24,7 @@ from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import load_base_model
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
 from twinkle_serve.engine.page_store import PageStore
+from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler
 from twinkle_serve.engine.slots import SlotPool
@@ -100,7 +101,7 @@ class Engine:
 
     def run(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]:
         """Walk the tick; an outcome is yielded as soon as it is known, the report last."""
-        clock = _PhaseClock()
+        clock = _PhaseClock("move")
         moves: tuple[PageOut | DropRun | PageIn, ...] = (*tick.page_out, *tick.drops, *tick.page_in)
         for move in moves:
             self._move(move)
@@ -110,13 +111,13 @@ class Engine:
             yield _answer(create.request_id, partial(self.pool.create, create.slot, create.spec))
         for load in tick.loads:
             yield _answer(load.request_id, partial(self._load, load))
-        clock.mark("move")
+        clock.begin("passes")
         if tick.passes:
             yield from self._trainer.run(tick.passes, tick.microbatches)
-        clock.mark("passes")
+        clock.begin("optim")
         if tick.optim_steps:
             yield from self._optim(tick.optim_steps)
-        clock.mark("optim")
+        clock.begin("save")
         for save in tick.saves:
             yield _answer(save.request_id, partial(self._save, save))
         for snapshot in tick.snapshots:
@@ -127,9 +128,9 @@ class Engine:
         for name in tick.drop_snapshots:
             self._snapshots.drop(name)
             self._adapters.drop(name)
-        clock.mark("save")
+        clock.begin("sample")
         yield from self._sampler.run(tick.cancels, tick.samples, tick.decode_budget_s)
-        clock.mark("sample")
+        clock.begin("report")
         yield TickReport(tick.tick_id, clock.seconds, self._sampler.num_active, self._gauges())
 
     def _move(self, move: PageOut | PageIn | DropRun) -> None:
@@ -189,14 +190,16 @@ class Engine:
 class _PhaseClock:
     """Seconds spent in each named phase of a tick."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: str) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._phase, self._since = phase, time.perf_counter()
+        PULSE.enter(phase)
 
-    def mark(self, phase: str) -> None:
+    def begin(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
-        self._last = now
+        self.seconds[self._phase] = now - self._since
+        self._phase, self._since = phase, now
+        PULSE.enter(phase)
 
 
 def _answer(request_id: str, action: Callable[[], Any]) -> Outcome:
