@@ -118,6 +118,16 @@ class ModelConfig(Strict):
     path: str = Field(min_length=1, description="local directory, or ms://owner/model on ModelScope")
     revision: str | None = Field(None, description="pinned hub revision")
     ranks: int = Field(1, ge=1, le=1024, description="processes that share the base model")
+    sharding: Literal["single", "expert_parallel", "zero3"] = Field(
+        "single",
+        description="how ranks share it. expert_parallel: each holds a part of the experts, the fast way for "
+        "mixtures of experts; zero3: each holds a part of every weight, any model, slow to sample from",
+    )
+    expert_dispatch: Literal["all_gather", "all_to_all"] = Field(
+        "all_gather",
+        description="how tokens reach their experts. all_gather: inside a node; all_to_all: moves less "
+        "between nodes if there are more ranks than experts per token",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base model; auto: float32 on CPU, bfloat16 on GPU"
@@ -148,6 +158,14 @@ class ModelConfig(Strict):
     )
     sampler: SamplerConfig = SamplerConfig()
     planner: PlannerConfig = PlannerConfig()
+
+    @model_validator(mode="after")
+    def _ranks_share(self) -> ModelConfig:
+        if self.ranks > 1 and self.sharding == "single":
+            raise ValueError(
+                f"{self.ranks} ranks need a way to share the model: set sharding to expert_parallel or zero3"
+            )
+        return self
 
 
 class LimitsConfig(Strict):
