@@ -53,11 +53,18 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     return parse_object(await read_body(request, max_bytes))
 
 
-def describes(model: type[Lenient]) -> dict[str, Any]:
-    """For the API page: handlers read their bodies themselves, so FastAPI cannot see the schema."""
-    schema = model.model_json_schema()
-    schema = _inlined(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"content": {JSON: {"schema": schema}}}}
+def describes(*models: type[Lenient]) -> dict[str, Any]:
+    """For the API page: handlers read their bodies themselves, so FastAPI cannot see the schema. A body
+    has the fields of all ``models``."""
+    properties: dict[str, Any] = {}
+    required: set[str] = set()
+    for model in models:
+        schema = model.model_json_schema()
+        schema = _inlined(schema, schema.pop("$defs", {}))
+        properties |= schema.get("properties", {})
+        required |= set(schema.get("required", ()))
+    body = {"type": "object", "properties": properties, "required": sorted(required)}
+    return {"requestBody": {"content": {JSON: {"schema": body}}}}
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:

@@ -70,7 +70,7 @@ async def get_info(request: Request, call: Authenticated) -> Response:
     )
 
 
-@router.post("/forward_backward")
+@router.post("/forward_backward", openapi_extra=describes(wire.ForwardBackward))
 async def forward_backward(request: Request, call: Authenticated) -> Response:
     """Protobuf or JSON, told by Content-Type; the result's form is told by the poll's Accept."""
     if PROTOBUF in request.headers.get("content-type", ""):
@@ -78,31 +78,31 @@ async def forward_backward(request: Request, call: Authenticated) -> Response:
     return await _submit_pass(call, parse_json(await call.object(request), forward_only=False))
 
 
-@router.post("/forward")
+@router.post("/forward", openapi_extra=describes(wire.Forward))
 async def forward(request: Request, call: Authenticated) -> Response:
     """Old SDKs only; newer ones set forward_only."""
     return await _submit_pass(call, parse_json(await call.object(request), forward_only=True))
 
 
-@router.post("/optim_step", openapi_extra=describes(wire.OptimStep))
+@router.post("/optim_step", openapi_extra=describes(wire.Addressed, wire.OptimStep))
 async def optim_step(request: Request, call: Authenticated) -> Response:
     body = await call.object(request)
     return await _submit(call, body, lambda: OptimCommand(wire.read(wire.OptimStep, body).as_params()))
 
 
-@router.post("/save_weights", openapi_extra=describes(wire.SaveWeights))
+@router.post("/save_weights", openapi_extra=describes(wire.Addressed, wire.SaveWeights))
 async def save_weights(request: Request, call: Authenticated) -> Response:
     body = await call.object(request)
     return await _submit(call, body, lambda: _save("weights", wire.read(wire.SaveWeights, body)))
 
 
-@router.post("/save_weights_for_sampler", openapi_extra=describes(wire.SaveForSampler))
+@router.post("/save_weights_for_sampler", openapi_extra=describes(wire.Addressed, wire.SaveForSampler))
 async def save_weights_for_sampler(request: Request, call: Authenticated) -> Response:
     body = await call.object(request)
     return await _submit(call, body, lambda: _save_for_sampler(body))
 
 
-@router.post("/save_weights_external", openapi_extra=describes(wire.SaveExternal))
+@router.post("/save_weights_external", openapi_extra=describes(wire.Addressed, wire.SaveExternal))
 async def save_weights_external(request: Request, call: Authenticated) -> Response:
     body = await call.object(request)
     return await _submit(call, body, lambda: _save_external(body))
@@ -130,7 +130,7 @@ async def load_weights(request: Request, call: Authenticated) -> Response:
     return promise(request_id)
 
 
-@router.post("/unload_model")
+@router.post("/unload_model", openapi_extra=describes(wire.Addressed))
 async def unload_model(request: Request, call: Authenticated) -> Response:
     return await _submit(call, await call.object(request), UnloadCommand)
 

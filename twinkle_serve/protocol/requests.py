@@ -189,6 +189,23 @@ class RequestId(Lenient):
     request_id: str
 
 
+class Addressed(Lenient):
+    """What every command of a run begins with; read by protocol.forward.address."""
+
+    model_id: str
+    seq_id: int | None = Field(None, ge=0, lt=2**63)
+
+
+class ForwardBackward(Addressed):
+    """JSON of old clients; the SDK sends protobuf since 0.19 at the latest."""
+
+    forward_backward_input: Metadata
+
+
+class Forward(Addressed):
+    forward_input: Metadata
+
+
 def read(model: type[Model], body: Mapping[str, Any], prefix: str = "") -> Model:
     """``body`` as ``model``. Raises UserError naming each field that is wrong."""
     try:
