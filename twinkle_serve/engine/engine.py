@@ -30,6 +30,7 @@ from twinkle_serve.engine.sampler import Sampler
 from twinkle_serve.engine.slots import SlotPool
 from twinkle_serve.engine.state_files import StateWriter, read_state
 from twinkle_serve.engine.trainer import Trainer
+from twinkle_serve.faults import reach
 from twinkle_serve.hub.models import resolve_model
 from twinkle_serve.protocol.work import (
     DropRun,
@@ -129,6 +130,8 @@ class Engine:
             self._snapshots.drop(name)
             self._adapters.drop(name)
         clock.begin("sample")
+        if tick.samples:
+            reach("in sample")
         yield from self._sampler.run(tick.cancels, tick.samples, tick.decode_budget_s)
         clock.begin("report")
         yield TickReport(tick.tick_id, clock.seconds, self._sampler.num_active, self._gauges())
@@ -172,6 +175,7 @@ class Engine:
             self._states.write(item.path, state)
 
     def _restore(self, item: RestoreRun) -> None:
+        reach("in replay")
         self.pool.put(item.slot, read_state(item.path))
 
     def _persist(self, item: PersistRun) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from twinkle_serve.engine.slots import SlotPool
+from twinkle_serve.faults import reach
 from twinkle_serve.protocol.data import AdamParams
 from twinkle_serve.protocol.errors import UserError
 
@@ -46,6 +47,7 @@ def adamw_step(steps: Sequence[SlotStep]) -> list[dict[str, float] | NonFiniteGr
     no slot has gradients afterwards."""
     due = [DueStep(*step.pool.blocks(step.slot), step.pool.steps[step.slot], step.params) for step in steps]
     outcomes = adamw_steps(due)
+    reach("in optimizer")  # the weights are new, the counts of steps are not
     for step, outcome in zip(steps, outcomes, strict=True):
         step.pool.has_grads[step.slot] = False
         step.pool.steps[step.slot] += not isinstance(outcome, NonFiniteGradientError)

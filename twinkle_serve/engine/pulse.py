@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from twinkle_serve.faults import reach
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -45,8 +47,10 @@ def _forward(layer: nn.Module, inputs: Any, output: Any) -> None:
     PULSE.beat()
     hidden = output[0] if isinstance(output, tuple) else output
     if hidden.requires_grad:
+        reach("before backward")
         hidden.register_hook(_backward)
 
 
 def _backward(grad: Any) -> None:
+    reach("in backward")
     PULSE.beat()

@@ -20,6 +20,7 @@ from twinkle_serve.engine.base_model import BaseModel
 from twinkle_serve.engine.losses import compute_loss
 from twinkle_serve.engine.packing import LossRows, PackedRows, concatenate, make_segments
 from twinkle_serve.engine.slots import Segment, SlotPool
+from twinkle_serve.faults import reach
 from twinkle_serve.protocol.data import Column, DatumBatch, ForwardResult
 from twinkle_serve.protocol.work import Failure, Outcome, Pass, Piece
 
@@ -152,6 +153,7 @@ class Trainer:
                 # Before backward: an error in the middle of it leaves gradients behind as well.
                 self._pool.has_grads[state.request.slot] |= state.failure is None
             torch.autograd.backward(logprobs, gradient)
+            reach("after backward")
 
     def _logprobs(
         self, hidden: torch.Tensor, segments: Sequence[Segment], parts: Sequence[LossRows]

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from twinkle_serve.faults import reach
+
 MANIFEST = "manifest.json"
 # A run's state and a sampling snapshot are one file each; it checks itself (engine/state_files.py).
 STATE_SUFFIX = ".safetensors"
@@ -66,6 +68,7 @@ def write_checkpoint(
     with _locked(partial):
         try:
             listed = {name: _write_file(partial, name, content) for name, content in files.items()}
+            reach("in save")
             document = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
             _write_file(partial, MANIFEST, document)
             _fsync(partial)
@@ -130,6 +133,7 @@ def write_file(path: str | Path, content: bytes | memoryview) -> int:
     partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content)
+        reach("in snapshot")
         _fsync(partial)
         os.rename(partial, target)
     finally:

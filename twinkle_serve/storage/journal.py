@@ -22,6 +22,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from twinkle_serve.faults import reach
 from twinkle_serve.storage.wal import torn_tail
 
 _log = logging.getLogger(__name__)
@@ -254,6 +255,7 @@ class Journal:
                 with self._engine.begin() as connection:
                     self._check_epoch(connection)
                     answers = [work(connection) for work, _ in jobs]
+                    reach("in journal")
                 break
             except sa.exc.DBAPIError as error:
                 if not isinstance(error, sa.exc.OperationalError) or self._closing:
