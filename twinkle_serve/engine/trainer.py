@@ -17,11 +17,14 @@ import torch
 
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.losses import compute_loss
+from twinkle_serve.engine.graph_loss import datum_tensors, graph_loss
+from twinkle_serve.engine.losses import Loss, compute_loss
 from twinkle_serve.engine.packing import LossRows, PackedRows, concatenate, make_segments
 from twinkle_serve.engine.slots import Segment, SlotPool
 from twinkle_serve.faults import reach
 from twinkle_serve.protocol.data import Column, DatumBatch, ForwardResult
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.loss_graph import GRAPH, read_graph
 from twinkle_serve.protocol.work import Failure, Outcome, Pass, Piece
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,11 @@ class _PassState:
             return Outcome(self.request.request_id, failure=self.failure)
         values = np.concatenate([self.logprobs[index] for index in range(self.batch.num_datums)])
         widths = self.batch.columns["target_tokens"].widths
-        metrics = {name: value for name, value in self.metrics.items() if np.isfinite(value)}
+        metrics = {
+            name: value / self.batch.num_datums if name.endswith(":mean") else value
+            for name, value in self.metrics.items()
+            if np.isfinite(value)
+        }
         result = ForwardResult(Column(values, widths), self.batch.lengths, metrics)
         return Outcome(self.request.request_id, result)
 
@@ -147,7 +154,7 @@ class Trainer:
                 packed.token_ids, packed.position_ids, PackedCausal(packed.lengths)
             )
             logprobs = self._logprobs(hidden, segments["unembed"], parts)
-        gradient = self._losses(states, pieces, parts, logprobs.detach())
+        gradient = self._losses(states, pieces, batches, parts, logprobs.detach())
         if backward:
             for state in states:
                 # Before backward: an error in the middle of it leaves gradients behind as well.
@@ -169,6 +176,7 @@ class Trainer:
         self,
         states: Sequence[_PassState],
         pieces: Sequence[Piece],
+        batches: Sequence[DatumBatch],
         parts: Sequence[LossRows],
         logprobs: torch.Tensor,
     ) -> torch.Tensor:
@@ -179,12 +187,14 @@ class Trainer:
         """
         gradient = torch.zeros_like(logprobs)
         end = 0
-        for state, piece, part in zip(states, pieces, parts, strict=True):
+        for state, piece, batch, part in zip(states, pieces, batches, parts, strict=True):
             start, end = end, end + part.targets.size
             leaf = logprobs[start:end].clone().requires_grad_()
-            inputs = {name: torch.from_numpy(values).to(leaf.device) for name, values in part.inputs.items()}
-            lengths = torch.from_numpy(part.lengths)
-            loss = compute_loss(state.request.loss_fn, leaf, inputs, lengths, _numbers(state.request))
+            try:
+                loss = _loss(state.request, leaf, batch, part)
+            except UserError as error:
+                state.failure = error.as_failure()
+                continue
             (part_gradient,) = torch.autograd.grad(loss.value, leaf)
             fine = (part_gradient.abs() <= LARGEST_GRADIENT).all() & torch.isfinite(leaf).all()
             if not bool(fine & torch.isfinite(loss.value)):
@@ -197,6 +207,17 @@ class Trainer:
 
 def _select(batch: DatumBatch, indices: Sequence[int]) -> DatumBatch:
     return batch if len(indices) == batch.num_datums else batch.select(indices)
+
+
+def _loss(request: Pass, leaf: torch.Tensor, batch: DatumBatch, part: LossRows) -> Loss:
+    """Raises UserError for an uploaded loss that fails on this data."""
+    text = request.loss_config.get(GRAPH)
+    if isinstance(text, str):
+        graph = read_graph(text)
+        return graph_loss(graph, leaf, datum_tensors(graph, batch))
+    inputs = {name: torch.from_numpy(values).to(leaf.device) for name, values in part.inputs.items()}
+    lengths = torch.from_numpy(part.lengths)
+    return compute_loss(request.loss_fn, leaf, inputs, lengths, _numbers(request))
 
 
 def _numbers(request: Pass) -> dict[str, float]:
