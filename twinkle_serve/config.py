@@ -128,6 +128,9 @@ class ModelConfig(Strict):
         description="how tokens reach their experts. all_gather: inside a node; all_to_all: moves less "
         "between nodes if there are more ranks than experts per token",
     )
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="ranks on as few nodes as possible, or on different ones where there are"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base model; auto: float32 on CPU, bfloat16 on GPU"
@@ -147,10 +150,17 @@ class ModelConfig(Strict):
     deterministic: bool = Field(
         False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
     )
-    tick_deadline_s: float = Field(
-        600.0,
+    stall_deadline_s: float = Field(
+        60.0,
         gt=0,
-        description="a group that has not finished a tick after this is killed and rebuilt, seconds",
+        description="a group is killed and rebuilt when a rank has not got on with a tick (by one layer) for "
+        "so long, seconds; ten times that where it reads or writes adapters on disk",
+    )
+    tick_deadline_s: float = Field(
+        3600.0, gt=0, description="and when a tick takes so long, however it gets on, seconds"
+    )
+    load_deadline_s: float = Field(
+        3600.0, gt=0, description="longest time for finding room for the ranks and loading the model, seconds"
     )
     host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
     disk_page_bytes: int = Field(

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.protocol.data import Column, ForwardResult
 from twinkle_serve.protocol.work import ModelInfo, Outcome, Pass, Tick, TickReport
 
 
 class StandinEngine:
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, place: RankPlace | None = None) -> None:
         if config.path == "missing":
             raise FileNotFoundError("no config.json\nin there")
         if config.path == "deadly":

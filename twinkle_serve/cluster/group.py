@@ -1,8 +1,8 @@
 """A group of rank workers that share one base model: started, fed with ticks, watched, killed, rebuilt.
 
-Knows Ray actors, placement and deadlines. Does not know what a tick holds or what an outcome means. The
-first sign of a lost rank (death, an exception, a missed deadline) ends the whole group: its peers may
-already hang in a collective that will never finish.
+Knows Ray actors, placement and deadlines. Does not know what a tick holds, what an outcome means, or which
+rank is to blame for a standstill (watch.py). The first sign of a lost rank (death, an exception, silence)
+ends the whole group: its peers may already hang in a collective that will never finish.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -19,9 +20,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from twinkle_serve.cluster.worker import NextItem, RankWorker
+from twinkle_serve.cluster.watch import until_stalled
+from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.group import GroupLost
+from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
 
 _log = logging.getLogger(__name__)
@@ -32,8 +35,30 @@ _CPU_SHARE = 0.01
 _STOP_S = 3.0
 
 
+_HEARING_S = 3.0
+_BROKEN_COLLECTIVE = re.compile("gloo|nccl|Dist(Backend|Network|Store)Error|connection (closed|reset)", re.I)
+
+
 class LoadError(Exception):
     """The base model could not be loaded; the message is one line for the operator."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Finished:
+    """A rank has done its part of the tick."""
+
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Lost:
+    """Why the group is of no use any more. is_echo: a peer's end may be the cause of this."""
+
+    reason: str
+    is_echo: bool = False
+
+
+_Item = Outcome | Progress | TickReport | _Finished | _Lost
 
 
 class RayGroup:
@@ -59,27 +84,44 @@ class RayGroup:
 
     async def start(self) -> ModelInfo:
         """Start the ranks and load the model. Raises LoadError."""
-        device, resources = _device(self._config)
-        config = self._config.model_copy(update={"device": device})
-        self._placement = placement_group([resources] * config.ranks, strategy="PACK")
-        await self._placement.ready()
-        actor = ray.remote(RankWorker)
-        for rank in range(config.ranks):
-            self._workers.append(
-                actor.options(
-                    num_cpus=resources.get("CPU", 0),
-                    num_gpus=resources.get("GPU", 0),
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
-                ).remote(config, rank, self._engine)
-            )
+        config = self._config
         try:
-            infos = await asyncio.gather(*(worker.load.remote() for worker in self._workers))
+            async with asyncio.timeout(config.load_deadline_s):
+                self._info = await self._start()
+        except TimeoutError:
+            self.kill()
+            found = "no room for its ranks" if not self._workers else "it is not loaded"
+            raise LoadError(f"{config.name}: {found} after {config.load_deadline_s:g} s") from None
         except RayError as error:
             _log.error("loading %s failed: %s", config.name, error)
             self.kill()
             raise LoadError(f"cannot load {config.name} from {config.path}: {_reason(error)}") from None
-        self._info = infos[0]
         self._ready = True
+        return self._info
+
+    async def _start(self) -> ModelInfo:
+        device, resources = _device(self._config)
+        config = self._config.model_copy(update={"device": device})
+        self._placement = placement_group([resources] * config.ranks, strategy=config.placement.upper())
+        await self._placement.ready()
+        actor = ray.remote(concurrency_groups=CONCURRENCY)(RankWorker)
+        self._workers = [
+            actor.options(
+                num_cpus=resources.get("CPU", 0),
+                num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
+            ).remote(config, rank, self._engine)
+            for rank in range(config.ranks)
+        ]
+        places: list[RankPlace | None] = [None]
+        if config.ranks > 1:
+            address = await self._workers[0].address.remote()
+            # A collective only gives up when a tick would be given up anyhow: unlike the ranks that wait, the
+            # watch knows whether the one they wait for is slow or stuck.
+            timeout_s = config.tick_deadline_s
+            places = [RankPlace(rank, config.ranks, address, timeout_s) for rank in range(config.ranks)]
+        loading = [worker.load.remote(place) for worker, place in zip(self._workers, places, strict=True)]
+        infos: list[ModelInfo] = await asyncio.gather(*loading)
         return infos[0]
 
     async def rebuild(self) -> ModelInfo:
@@ -109,39 +151,57 @@ class RayGroup:
         """See control.group.Group. An outcome's value is an ObjectRef where it is large."""
         if not self._ready:
             raise GroupLost(f"{self._config.name} is not loaded")
-        deadline = asyncio.get_running_loop().time() + self._config.tick_deadline_s
-        items: asyncio.Queue[Outcome | Progress | TickReport | GroupLost | None] = asyncio.Queue()
-        followers = [
+        items: asyncio.Queue[_Item] = asyncio.Queue()
+        finished: set[int] = set()
+        tasks = [
             asyncio.create_task(self._follow(rank, worker, tick, items))
             for rank, worker in enumerate(self._workers)
         ]
+        tasks.append(asyncio.create_task(self._watch(tick, items, finished)))
+        deadline = asyncio.get_running_loop().time() + self._config.tick_deadline_s
         try:
-            finished = 0
-            while finished < len(followers):
+            while len(finished) < len(self._workers):
                 async with asyncio.timeout_at(deadline):
                     item = await items.get()
-                if isinstance(item, GroupLost):
-                    raise item
-                if item is None:
-                    finished += 1
+                if isinstance(item, _Lost):
+                    raise GroupLost((await self._cause(item, items)).reason)
+                if isinstance(item, _Finished):
+                    finished.add(item.rank)
                 else:
                     yield item
         except TimeoutError:
-            lost = GroupLost(
-                f"{self._config.name}: no answer to a tick in {self._config.tick_deadline_s:g} s"
-            )
-            _log.error("%s; the group is ended", lost)
-            self.kill()
+            limit = self._config.tick_deadline_s
+            lost = GroupLost(f"{self._config.name}: a tick was not finished in {limit:g} s")
+            self._end(lost)
             raise lost from None
-        except GroupLost:
-            self.kill()
+        except GroupLost as lost:
+            self._end(lost)
             raise
         finally:
-            for follower in followers:
-                follower.cancel()
+            for task in tasks:
+                task.cancel()
 
-    async def _follow(self, rank: int, worker: Any, tick: Tick, items: asyncio.Queue[Any]) -> None:
-        """Put one rank's outcomes into ``items``, then None, or a GroupLost if it dies or raises."""
+    def _end(self, lost: GroupLost) -> None:
+        _log.error("%s; the group is ended", lost)
+        self.kill()
+
+    async def _watch(self, tick: Tick, items: asyncio.Queue[_Item], finished: set[int]) -> None:
+        """Put a _Lost into ``items`` when a rank stands still."""
+        reason = await until_stalled(self._config, self._workers, tick.tick_id, lambda: finished)
+        items.put_nowait(_Lost(reason))
+
+    async def _cause(self, first: _Lost, items: asyncio.Queue[_Item]) -> _Lost:
+        """What ended the group. A broken collective is only what the others see of it, so they are heard."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HEARING_S):
+                while first.is_echo:
+                    item = await items.get()
+                    if isinstance(item, _Lost) and not item.is_echo:
+                        return item
+        return first
+
+    async def _follow(self, rank: int, worker: Any, tick: Tick, items: asyncio.Queue[_Item]) -> None:
+        """Put one rank's outcomes into ``items``, then a _Finished, or a _Lost if it dies or raises."""
         try:
             stream = worker.run_tick.remote(tick)
             async for reference in stream:
@@ -149,10 +209,11 @@ class RayGroup:
                 if isinstance(item, Outcome) and isinstance(item.value, NextItem):
                     item = dataclasses.replace(item, value=await anext(stream))
                 items.put_nowait(item)
-            items.put_nowait(None)
+            items.put_nowait(_Finished(rank))
         except RayError as error:
             _log.error("rank %d of %s is lost: %s", rank, self._config.name, error)
-            items.put_nowait(GroupLost(f"rank {rank} of {self._config.name}: {_reason(error)}"))
+            reason = _reason(error)
+            items.put_nowait(_Lost(f"rank {rank} of {self._config.name}: {reason}", _is_echo(error)))
 
 
 def _device(config: ModelConfig) -> tuple[str, dict[str, float]]:
@@ -160,6 +221,12 @@ def _device(config: ModelConfig) -> tuple[str, dict[str, float]]:
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) >= config.ranks else "cpu"
     return device, {"GPU": 1} if device == "cuda" else {"CPU": _CPU_SHARE}
+
+
+def _is_echo(error: RayError) -> bool:
+    """Whether a rank only says that a collective broke."""
+    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
+    return cause is not None and bool(_BROKEN_COLLECTIVE.search(f"{type(cause).__name__} {cause}"))
 
 
 def _reason(error: RayError) -> str:

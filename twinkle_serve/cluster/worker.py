@@ -1,25 +1,36 @@
 """The rank worker: the process that holds one rank's share of a base model and runs ticks on it.
 
-Knows how to build an engine and how to hand its outcomes over. Does not know other ranks' outcomes, what an
-outcome means, or who asked. This is the only place where Ray and the engine meet.
+Knows how to build an engine, how to hand its outcomes over, and how far it has got. Does not know other
+ranks' outcomes, what an outcome means, or who asked. This is the only place where Ray and the engine meet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any, Protocol
 
 import ray
 
+from twinkle_serve.cluster.rank_environment import free_address, prepare_environment
 from twinkle_serve.config import ModelConfig
+from twinkle_serve.control.watch import summary_of
+from twinkle_serve.engine.pulse import PULSE
+from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
 
 # Below this an outcome travels inside the coordinator's answer to a poll; above it the value stays in the
 # object store and the ingress replica maps it from there.
 INLINE_BYTES = 64 * 1024
+CONCURRENCY = {"watch": 1}
+_COLLECTIVES = "torch/distributed/"
+_DEPTH_OF_A_WAIT = 4
 
 
 class Engine(Protocol):
@@ -40,28 +51,46 @@ class NextItem:
     """Stands in ``Outcome.value``: the value is the next item of the stream."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beat:
+    """How far a rank is. tick_id: of the tick it works on, or worked on last. idle_s: seconds since it last
+    got on. count: how often it did so. is_waiting: it stands in a collective, so its peers are to blame.
+    stack: where all of its Python threads are."""
+
+    tick_id: int
+    phase: str
+    count: int
+    idle_s: float
+    is_waiting: bool
+    stack: str
+
+
 class RankWorker:
-    """One rank. ``engine`` is ``module:attribute`` of a callable that takes the ModelConfig."""
+    """One rank. ``engine`` is ``module:attribute`` of a callable that takes the ModelConfig and, where there
+    are several ranks, ``place=RankPlace(...)``. ``beat`` is answered while the other methods run."""
 
     def __init__(self, config: ModelConfig, rank: int, engine: str) -> None:
         self._config = config
         self._rank = rank
         self._factory = engine
         self._engine: Engine | None = None
+        self._tick_id = 0
+        self._thread = 0
 
     def __repr__(self) -> str:
         """How Ray's logs and dashboard call this actor."""
         return f"rank {self._rank} of {self._config.name}"
 
-    def load(self) -> ModelInfo:
+    def address(self) -> str:
+        """Where the ranks could meet on this rank's node: ``tcp://host:port``, free right now."""
+        return free_address()
+
+    def load(self, place: RankPlace | None = None) -> ModelInfo:
         """Load the model and try a step. Raises what the engine raises, or RuntimeError."""
-        # Read when torch is imported, which must not happen before.
-        threads = self._config.num_threads or max(1, (os.cpu_count() or 1) // self._config.ranks)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        # Threads that spin while they wait make a step ten times slower as soon as others want the cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        prepare_environment(self._config)
         module, _, attribute = self._factory.partition(":")
-        engine: Engine = getattr(importlib.import_module(module), attribute)(self._config)
+        build = getattr(importlib.import_module(module), attribute)
+        engine: Engine = build(self._config) if place is None else build(self._config, place=place)
         if not engine.probe():
             raise RuntimeError("the model is loaded but cannot step")
         self._engine = engine
@@ -72,18 +101,54 @@ class RankWorker:
         if self._engine is not None:
             self._engine.close()
 
+    @ray.method(concurrency_group="watch")
+    def beat(self) -> Beat:
+        """How far this rank is with its tick."""
+        frames = sys._current_frames()
+        frames.pop(threading.get_ident(), None)
+        own = frames.get(self._thread)
+        return Beat(
+            self._tick_id,
+            PULSE.phase,
+            PULSE.count,
+            time.monotonic() - PULSE.at,
+            own is not None and _waits(own),
+            "\n".join(_words(ident, frame, ident == self._thread) for ident, frame in frames.items()),
+        )
+
     @ray.method(num_returns="streaming")
     def run_tick(self, tick: Tick) -> Iterator[Any]:
         """Each outcome as its own object, then the TickReport; the first rank speaks for the others."""
         assert self._engine is not None
+        self._thread = threading.get_ident()
+        PULSE.enter("start")
+        self._tick_id = tick.tick_id
         for item in self._engine.run(tick):
+            PULSE.beat()
             if self._rank > 0:
                 continue
             if isinstance(item, Outcome) and num_bytes(item.value) > INLINE_BYTES:
-                yield dataclasses.replace(item, value=NextItem())
+                yield dataclasses.replace(item, value=NextItem(), metrics=summary_of(item.value))
                 yield item.value
             else:
                 yield item
+
+
+def _waits(frame: FrameType | None) -> bool:
+    """Whether the innermost calls of a thread are those of torch's collectives."""
+    for _ in range(_DEPTH_OF_A_WAIT):
+        if frame is None:
+            return False
+        if _COLLECTIVES in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _words(ident: int, frame: FrameType, is_ticking: bool) -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    what = "the tick's thread" if is_ticking else f"thread {names.get(ident, ident)}"
+    return f"{what}:\n{''.join(traceback.format_stack(frame))}"
 
 
 def num_bytes(value: Any) -> int:
