@@ -7,7 +7,6 @@ order of the calls, and a journal that was opened again refuses the one before.
 from __future__ import annotations
 
 import asyncio
-import copy
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -63,10 +62,10 @@ class MemoryJournal:
         return self._do(lambda: None)
 
     def histories(self) -> dict[str, RunHistory]:
-        return copy.deepcopy(dict(self.rows))
+        return {run_id: _copy(history) for run_id, history in self.rows.items()}
 
     def history(self, run_id: str) -> asyncio.Future[RunHistory]:
-        return self._do(lambda: copy.deepcopy(self.rows[run_id]))
+        return self._do(lambda: _copy(self.rows[run_id]))
 
     def _store(self, history: RunHistory, results: list[StoredResult]) -> None:
         known = {result.request_id for result in history.results}
@@ -90,6 +89,11 @@ class MemoryJournal:
 
         loop.call_at(self._ready_at, commit)
         return future
+
+
+def _copy(history: RunHistory) -> RunHistory:
+    """Other lists of the same rows, which nobody can change."""
+    return RunHistory(list(history.entries), list(history.snapshots), list(history.results))
 
 
 class MemoryFiles:

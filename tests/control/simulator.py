@@ -79,7 +79,10 @@ async def _simulate(rng: random.Random, crashes: bool) -> Report:
 
 
 class RandomRun:
-    """One run and everything that its client does with it."""
+    """One run and everything that its client does with it, in so many bursts of so many commands at most."""
+
+    max_bursts = 6
+    max_commands = 6
 
     def __init__(self, plane, tenant: str, number: int, rng: random.Random, report: Report, crashes: bool):
         self.client = Client(plane, tenant)
@@ -97,8 +100,8 @@ class RandomRun:
         if not await self._create():
             return
         burst_start = 1
-        for _ in range(self.rng.randint(1, 6)):
-            size = self.rng.randint(1, 6)
+        for _ in range(self.rng.randint(1, self.max_bursts)):
+            size = self.rng.randint(1, self.max_commands)
             await self._burst(list(range(burst_start, burst_start + size)))
             burst_start += size
             await asyncio.sleep(self.rng.choice([0, 0.001, 0.01, 0.5]))

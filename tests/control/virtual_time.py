@@ -28,7 +28,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if timeout is None:
             raise DeadlockError
         self.now += max(0.0, timeout)
-        return super().select(0)
+        return []  # nothing comes from outside: no sockets, no threads
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
