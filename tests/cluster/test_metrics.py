@@ -1,19 +1,33 @@
-"""Every number that the service reports has a documented gauge."""
+"""The table of metrics reaches Prometheus through Ray, under the documented names."""
 
 from __future__ import annotations
 
+import time
+import urllib.request
 from pathlib import Path
+
+import pytest
+import ray
 
 from tests.control.echo_group import EchoGroup
 from tests.control.plane import Client, control_plane
 from tests.control.virtual_time import run
-from twinkle_serve.cluster.metrics import DESCRIPTIONS
+from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.config import ModelConfig
+from twinkle_serve.control.metrics import BY_NAME, METRICS
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.protocol.work import Tick, TickReport
 
 
-def test_each_gauge_of_driver_and_engine_is_described(tmp_path: Path, tiny_llama: Path) -> None:
+def prometheus_text() -> str:
+    """What the node's agent tells Prometheus."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_each_gauge_of_driver_and_engine_is_documented(tmp_path: Path, tiny_llama: Path) -> None:
     async def reported() -> set[str]:
         async with control_plane(tmp_path, EchoGroup()) as plane:
             await (await Client(plane).open()).create()
@@ -23,4 +37,28 @@ def test_each_gauge_of_driver_and_engine_is_described(tmp_path: Path, tiny_llama
     (report,) = engine.run(Tick(1))
     engine.close()
     assert isinstance(report, TickReport)
-    assert run(reported()) | set(report.gauges) == set(DESCRIPTIONS)
+    assert run(reported()) | set(report.gauges) <= set(BY_NAME)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_metric_gets_to_prometheus_under_its_documented_name() -> None:
+    meter = RayMeter()
+    for metric in METRICS:
+        method = {"counter": meter.add, "gauge": meter.set, "histogram": meter.observe}[metric.kind]
+        method(metric.name, 1.0, **dict.fromkeys(metric.labels, "x"))
+    deadline = time.monotonic() + 60  # Ray reports every ten seconds
+    missing = {metric.exported for metric in METRICS}
+    while missing and time.monotonic() < deadline:
+        types = {line.split()[2] for line in prometheus_text().splitlines() if line.startswith("# TYPE")}
+        missing -= types
+        if missing:
+            time.sleep(0.5)
+    assert not missing
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_not_in_the_table_is_refused() -> None:
+    with pytest.raises(KeyError):
+        RayMeter().add("surprise", 1.0)
+    with pytest.raises(AssertionError):
+        RayMeter().add("optimizer_steps", 1.0, model="m", run="r")

@@ -58,3 +58,15 @@ def test_all_are_admitted_once_in_order_of_their_tenant(samples):
     for tenant in "abc":
         own = [request_id for t, request_id, _ in named if t == tenant]
         assert [request_id for request_id in taken if request_id[0] == tenant] == own
+
+
+def test_positions_are_in_the_order_of_admission():
+    samples = [*[("heavy", f"h{n}", 1) for n in range(3)], ("light", "l0", 1), ("light", "l1", 1)]
+    queue = queue_of(*samples)
+    assert len(queue) == 5
+    positions = {request_id: queue.position(tenant, request_id) for tenant, request_id, _ in samples}
+    order = []
+    while not queue.is_empty:
+        order += queue.take(3)
+    assert positions == {request_id: place + 1 for place, request_id in enumerate(order)}
+    assert queue.position("heavy", "h0") is None

@@ -369,3 +369,19 @@ def test_nobody_waits_for_a_run_that_was_unloaded():
     bench.tick()
     assert bench.until() is None
     assert "a/0" not in bench.tick()
+
+
+def test_positions_are_in_the_order_of_the_coming_turns() -> None:
+    planner, logs = Planner(tick_tokens=10, max_runs=8, company_wait_s=0.0), {}
+    for tenant, run_id in [("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1")]:
+        logs[run_id] = log = CommandLog(300.0)
+        log.append(1, run_id, pass_command("p", 10), 0.0)
+        planner.ready(tenant, run_id, log, 0.0)
+    assert planner.num_waiting == 4
+    expected = {run_id: planner.position(run_id[0], run_id) for run_id in logs}
+    served = []
+    while planner.has_work:
+        served += [work.run_id for work in planner.next(0.0).work]
+        planner.finished(0.0)
+    assert expected == {run_id: place + 1 for place, run_id in enumerate(served)}
+    assert planner.position("a", "a1") is None

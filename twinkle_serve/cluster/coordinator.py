@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
-from twinkle_serve.cluster.metrics import Gauges
+from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.cluster.objects import resolve
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
@@ -115,11 +115,10 @@ class Coordinator:
         await self._try_to_load()
         # After `serve shutdown` no replica pings any more, and the base model must not stay behind.
         patience = self._config.ray.orphan_exit_s
-        gauges = Gauges()
         while time.monotonic() - self._pinged_at < patience:
             await asyncio.sleep(min(_GAUGES_EVERY_S, patience / 20))
             if self._plane is not None:
-                gauges.publish(self._plane.gauges())
+                self._plane.measure()
             elif time.monotonic() - self._failed_at > _RELOAD_S:
                 # After a crash the machine may be short of something for a while; clients are waiting.
                 await self._try_to_load()
@@ -150,7 +149,9 @@ class Coordinator:
         # Opened only now, when this coordinator can go on with what the one before it left.
         self._journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
         durability = Durability(self._journal, StateFiles(storage.root), resolve, self._fenced)
-        plane = ControlPlane(self._groups, self._catalog, self._config, durability=durability)
+        plane = ControlPlane(
+            self._groups, self._catalog, self._config, durability=durability, meter=RayMeter()
+        )
         await plane.start()
         self._plane = plane
         self._status = Status("ready", "ready")

@@ -1,38 +1,47 @@
-"""Gauges of the service in Ray's metrics, where Prometheus and the Ray dashboard find them.
+"""The table of control/metrics.py as Ray metrics, where Prometheus and the Ray dashboard find them.
 
-Knows how a number becomes a gauge. Does not know what the numbers mean (control/driver.py, engine/engine.py).
+Knows Ray's counters, gauges and histograms. Does not know what the numbers mean or who measures them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from ray.util.metrics import Counter, Gauge, Histogram
 
-from ray.util.metrics import Gauge
-
-PREFIX = "twinkle_"
-DESCRIPTIONS = {
-    "resident_adapters": "training runs in a slot",
-    "paged_adapters": "training runs kept outside the slots",
-    "requests_in_flight": "requests that the workers have not answered yet",
-    "paged_host_bytes": "bytes of paged runs in host memory",
-    "paged_disk_bytes": "bytes of paged runs on disk",
-    "snapshot_host_bytes": "bytes of sampling snapshots in host memory",
-    "kv_blocks_free": "blocks of the sampler's KV cache that no sequence uses",
-}
+from twinkle_serve.control.metrics import METRICS, PREFIX, Metric, checked
 
 
-class Gauges:
-    """One gauge a name, with the base model as its tag."""
+class RayMeter:
+    """control.metrics.Meter of one process. Each metric is made when it is first used, so that a process
+    reports only what it measures."""
 
     def __init__(self) -> None:
-        self._gauges = {
-            name: Gauge(PREFIX + name, description=text, tag_keys=("model",))
-            for name, text in DESCRIPTIONS.items()
-        }
+        self._made: dict[str, Counter | Gauge | Histogram] = {}
 
-    def publish(self, by_model: Mapping[str, Mapping[str, float]]) -> None:
-        """Set every gauge that is named in DESCRIPTIONS; a test keeps that list complete."""
-        for model, values in by_model.items():
-            for name, value in values.items():
-                if name in self._gauges:
-                    self._gauges[name].set(value, tags={"model": model})
+    def add(self, name: str, amount: float, **labels: str) -> None:
+        checked(name, "counter", labels)
+        if amount > 0:
+            self._of(name).inc(amount, tags=labels)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        checked(name, "gauge", labels)
+        self._of(name).set(value, tags=labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        checked(name, "histogram", labels)
+        self._of(name).observe(value, tags=labels)
+
+    def _of(self, name: str) -> Counter | Gauge | Histogram:
+        if name not in self._made:
+            self._made[name] = _ray_metric(next(metric for metric in METRICS if metric.name == name))
+        return self._made[name]
+
+
+def _ray_metric(metric: Metric) -> Counter | Gauge | Histogram:
+    name = PREFIX + metric.name
+    match metric.kind:
+        case "counter":
+            return Counter(name, description=metric.text, tag_keys=metric.labels)
+        case "gauge":
+            return Gauge(name, description=metric.text, tag_keys=metric.labels)
+    boundaries = list(metric.boundaries)
+    return Histogram(name, description=metric.text, boundaries=boundaries, tag_keys=metric.labels)

@@ -22,6 +22,18 @@ class SampleQueue(Generic[S]):
     def is_empty(self) -> bool:
         return not self._tenants
 
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._tenants.values())
+
+    def position(self, tenant: str, request_id: str) -> int | None:
+        """How many samples are admitted up to and with this one; None if it does not wait."""
+        queue = self._tenants.get(tenant, {})
+        if request_id not in queue:
+            return None
+        place = list(queue).index(request_id) + 1
+        turn = list(self._tenants).index(tenant)
+        return sum(min(len(q), place - (i > turn)) for i, q in enumerate(self._tenants.values()))
+
     def push(self, tenant: str, request_id: str, num_sequences: int, sample: S) -> None:
         self._tenants.setdefault(tenant, {})[request_id] = (num_sequences, sample)
 

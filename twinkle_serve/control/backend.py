@@ -164,6 +164,24 @@ class Backend(Protocol):
 
     async def run_info(self, tenant: str, run_id: str) -> RunInfo: ...
 
+    async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
+        """A run's curves by step and what it is doing: control/insight.py."""
+        ...
+
+    async def report_metrics(
+        self, tenant: str, run_id: str, step: float, values: Mapping[str, float]
+    ) -> None:
+        """Numbers that a run's own program wants among its curves: its reward, for instance."""
+        ...
+
+    async def session_trace(self, tenant: str, session_id: str) -> Mapping[str, Any]:
+        """What the session's last requests and their ticks took, as a Chrome trace."""
+        ...
+
+    async def cluster_view(self) -> Mapping[str, Any]:
+        """The whole service; only for its operators."""
+        ...
+
     # sampling -------------------------------------------------------------------------------------
     async def create_sampler(
         self,

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from twinkle_serve.config import LimitsConfig
 from twinkle_serve.control.checkpoints import Checkpoints
 from twinkle_serve.control.clock import Clock
+from twinkle_serve.control.metrics import Meter
 from twinkle_serve.control.promises import PromiseTable, random_token
 from twinkle_serve.control.runs import Runs
 from twinkle_serve.control.samplers import Samplers
 from twinkle_serve.control.sessions import Sessions
+from twinkle_serve.control.watch import Watch
 from twinkle_serve.protocol.work import Failure
 
 if TYPE_CHECKING:
@@ -30,12 +32,15 @@ class Books:
     runs: Runs
     samplers: Samplers
     checkpoints: Checkpoints
+    watch: Watch
 
     def fail(self, request_id: str, failure: Failure) -> None:
         self.promises.fail(request_id, failure, self.clock.now())
+        self.watch.settled(request_id, failure)
 
     def resolve(self, request_id: str, value: object) -> None:
         self.promises.resolve(request_id, value, self.clock.now())
+        self.watch.settled(request_id, None)
 
     def sweep(self) -> list[str]:
         """Forget what is past its time: results, checkpoints, silent sessions; the ids of the latter."""
@@ -47,6 +52,7 @@ class Books:
                 case ("sampler", str(sampler_id), int(seq_id)):
                     self.samplers.forget(sampler_id, seq_id)
         self.checkpoints.expire(now)
+        self.watch.forget_stale(self.promises.is_pending)
         return self.sessions.expire(now)
 
 
@@ -56,6 +62,7 @@ def open_books(
     limits: LimitsConfig,
     gap_timeout_s: float,
     new_token: Callable[[], str] = random_token,
+    meter: Meter | None = None,
 ) -> Books:
     """Books with everything in them that the catalogue remembers."""
     books = Books(
@@ -65,6 +72,7 @@ def open_books(
         Runs(gap_timeout_s, catalog.put_run),
         Samplers(limits.sampler_snapshots_per_run, catalog.put_sampler),
         Checkpoints(catalog),
+        Watch(clock, meter),
     )
     contents = catalog.load_all()
     for session in contents.sessions:

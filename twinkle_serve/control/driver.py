@@ -72,6 +72,7 @@ class GroupDriver:
         self._keeper = keeper
         self._suspects = Suspects()
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
+        books.watch.add_group(group.info, config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
         self._flights: dict[str, Flight] = {}
         self._num_sequences = 0
@@ -197,6 +198,7 @@ class GroupDriver:
         try:
             tick = self._assemble(window, assembly)
             if tick is not None:
+                self.books.watch.tick_began(self.base_model, tick, window)
                 await self._run(tick)
         except Exception:
             logger.exception("a tick of %s failed", self.base_model)
@@ -234,6 +236,7 @@ class GroupDriver:
         except GroupLost as lost:
             logger.error("the group of %s is lost: %s", self.base_model, lost)
             self.lost = lost
+            self.books.watch.tick_lost(self.base_model)
             await self._recover_for_sure(lost)
 
     async def _recover_for_sure(self, lost: GroupLost) -> None:
@@ -255,6 +258,7 @@ class GroupDriver:
         self._suspects.settled(flight.request_id)
         if flight.outlives_tick:
             self._event.set()  # a load may have waited for this save
+        self.books.watch.result(outcome)
         try:
             if outcome.failure is not None:
                 flight.on_failure(outcome.failure)
@@ -285,7 +289,24 @@ class GroupDriver:
             "resident_adapters": self.residency.num_resident,
             "paged_adapters": self.residency.num_paged,
             "requests_in_flight": len(self._flights),
+            "runs_waiting": self.planner.num_waiting,
+            "samples_waiting": len(self._queue),
         }
+
+    def run_standing(self, run: Run) -> tuple[int, float | None] | None:
+        """A waiting run's position, 1 being next, and about how many seconds it has to wait (None: nobody
+        knows yet). None if it does not wait for a tick."""
+        position = self.planner.position(run.tenant, run.run_id)
+        return _standing(position, self.books.watch.seconds_per_run(self.base_model))
+
+    def sample_standing(self, tenant: str, request_id: str) -> tuple[int, float | None] | None:
+        """The same of a sample."""
+        position = self._queue.position(tenant, request_id)
+        return _standing(position, self.books.watch.seconds_per_sample(self.base_model))
+
+    def is_working_for(self, run_id: str) -> bool:
+        """Whether something of the run is in the tick that runs, or being saved."""
+        return any(self.books.promises.run_of(request_id) == run_id for request_id in self._flights)
 
     def is_full(self) -> bool:
         """Whether the paged adapters have used up their budget, so that a new run has to wait."""
@@ -293,6 +314,7 @@ class GroupDriver:
         return paged > self._page_bytes
 
     def _read(self, report: TickReport) -> None:
+        self.books.watch.tick_ended(self.base_model, report)
         was_full, self._reported = self.is_full(), report.gauges
         if was_full and not self.is_full():
             self._event.set()  # for the runs that wait to be created
@@ -361,6 +383,12 @@ class GroupDriver:
                     return True
         run_id = self.books.promises.run_of(entry.request_id)
         return run_id is not None and self._suspects.must_wait(run_id)
+
+
+def _standing(position: int | None, seconds_each: float | None) -> tuple[int, float | None] | None:
+    if position is None:
+        return None
+    return position, None if seconds_each is None else position * seconds_each
 
 
 async def fail_in_flight(driver: GroupDriver, lost: GroupLost) -> None:

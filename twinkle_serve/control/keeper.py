@@ -165,6 +165,16 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._expired_at = 0.0
 
+    @property
+    def oldest_unwritten(self) -> str | None:
+        """The request that has been waiting longest to get to disk."""
+        return next(iter(self._writing), None)
+
+    def oldest_change(self, base_model: str) -> float | None:
+        """When the oldest change of one of the model's runs was made that no snapshot has, POSIX seconds."""
+        runs = (k for k in self.kept.values() if k.run.record.base_model == base_model)
+        return min((k.dirty_since for k in runs if k.dirty_since is not None), default=None)
+
     # accepting ------------------------------------------------------------------------------------
 
     def check_room(self) -> None:

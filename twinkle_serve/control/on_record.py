@@ -11,6 +11,7 @@ from typing import Any
 from twinkle_serve.control.backend import Invalid
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.runs import Run
+from twinkle_serve.control.spans import chrome_trace
 from twinkle_serve.control.views import checkpoint_view, run_view, text_values, weights_view
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.storage.records import CheckpointRecord
@@ -34,6 +35,16 @@ class OnRecord:
             "user_metadata": text_values(info.get("user_metadata") or {}),
             "display_name": info.get("display_name"),
         }
+
+    async def session_trace(self, tenant: str, session_id: str) -> Mapping[str, Any]:
+        self._books.sessions.get(tenant, session_id)
+        return chrome_trace(self._books.watch.spans.of_session(session_id))
+
+    async def report_metrics(
+        self, tenant: str, run_id: str, step: float, values: Mapping[str, float]
+    ) -> None:
+        run = self._books.runs.get(tenant, run_id)
+        self._books.watch.histories.of(run.run_id).report(step, self._books.clock.now(), values)
 
     async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
         runs = self._books.runs.of_tenant(tenant)

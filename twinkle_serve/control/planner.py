@@ -59,6 +59,11 @@ class _Tenant:
     turn: int = 0
     runs: dict[str, CommandLog[RunCommand]] = field(default_factory=dict)
 
+    @property
+    def rank(self) -> tuple[float, int, str]:
+        """Of all tenants with something ready the one with the least of this is next."""
+        return self.served, self.turn, self.name
+
 
 @dataclass(slots=True)
 class _Fill:
@@ -103,6 +108,22 @@ class Planner:
     @property
     def has_work(self) -> bool:
         return bool(self._queued)
+
+    @property
+    def num_waiting(self) -> int:
+        """Runs that have something ready and are not in a tick."""
+        return len(self._queued)
+
+    def position(self, tenant_name: str, run_id: str) -> int | None:
+        """About how many runs are served up to and with this one: tenants take turns, and each one's runs
+        go in the order in which they came. None if the run does not wait."""
+        if run_id not in self._queued:
+            return None
+        tenant = self._tenants[tenant_name]
+        place = list(tenant.runs).index(run_id) + 1
+        others = (each for each in self._tenants.values() if each is not tenant)
+        # The others come once before each turn of this tenant if they were served less, else between two.
+        return place + sum(min(len(o.runs), place - (o.rank > tenant.rank)) for o in others)
 
     def ready(self, tenant_name: str, run_id: str, log: CommandLog[RunCommand], now: float) -> None:
         """Something was added to ``log.ready``."""
@@ -177,14 +198,14 @@ class Planner:
 
     def _fill(self, fill: _Fill) -> None:
         cursors = {name: _Cursor(iter(t.runs.items())) for name, t in self._tenants.items() if t.runs}
-        heap = [(t.served, t.turn, t.name) for t in self._tenants.values() if t.runs]
+        heap = [t.rank for t in self._tenants.values() if t.runs]
         heapq.heapify(heap)
         self._floor = max(self._floor, heap[0][0] if heap else 0.0)
         while heap:
             _, _, name = heapq.heappop(heap)
             tenant = self._tenants[name]
             if self._serve(tenant, cursors[name], fill):
-                heapq.heappush(heap, (tenant.served, tenant.turn, name))
+                heapq.heappush(heap, tenant.rank)
 
     def _serve(self, tenant: _Tenant, cursor: _Cursor, fill: _Fill) -> bool:
         """Take the tenant's next command; False if no other of its commands fits into this tick."""

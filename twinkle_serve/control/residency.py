@@ -55,6 +55,10 @@ class Residency:
         self._paged -= needed
         return Placement({r: self._slots[r] for r in run_ids}, tuple(page_out), tuple(page_in))
 
+    def occupied(self) -> list[tuple[int, str]]:
+        """(slot, run) in the order of the slots."""
+        return sorted((slot, run_id) for run_id, slot in self._slots.items())
+
     def slot_of(self, run_id: str) -> int | None:
         return self._slots.get(run_id)
 

@@ -22,7 +22,9 @@ from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.group import Group, GroupLost
+from twinkle_serve.control.insight import cluster_view, gap_in_words, in_words, measure, run_insight
 from twinkle_serve.control.keeper import Durability, Keeper
+from twinkle_serve.control.metrics import Meter
 from twinkle_serve.control.on_record import OnRecord
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.runs import Run, run_id_for
@@ -59,14 +61,15 @@ class ControlPlane(OnRecord):
         recover: Recover = fail_in_flight,
         new_token: Callable[[], str] = random_token,
         durability: Durability | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """groups: by base model name, each loaded. weight: a tenant's share. recover: what to do about the
         requests and runs of a group that died. new_token: where unguessable ids come from. durability: with
-        it nothing accepted is lost, and ``recover`` is not asked."""
+        it nothing accepted is lost, and ``recover`` is not asked. meter: where numbers for operators go."""
         self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
-        super().__init__(open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token))
+        super().__init__(open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token, meter))
         self._keeper: Keeper | None = None
         if durability is not None:
             retention_s = config.limits.result_retention_s
@@ -296,6 +299,13 @@ class ControlPlane(OnRecord):
             self._books.fail(request_id, failure)
         self._watch_gap(run)
 
+    async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
+        run = self._books.runs.get(tenant, run_id)
+        return run_insight(self._books, self._driver(run.record.base_model), run)
+
+    async def cluster_view(self) -> Mapping[str, Any]:
+        return cluster_view(self._books, self._drivers, self._keeper)
+
     async def run_info(self, tenant: str, run_id: str) -> RunInfo:
         record = self._books.runs.get(tenant, run_id).record
         return RunInfo(run_id, tenant, self._driver(record.base_model).group.info, record.spec)
@@ -389,11 +399,31 @@ class ControlPlane(OnRecord):
         is_birth = isinstance(origin, tuple) and origin[0] == "run" and origin[2] == 0
         if is_birth and any(driver.is_full() for driver in self._drivers.values()):
             return replace(poll, queue_state="paused_capacity", queue_reason=_FULL)
-        return poll
+        reason = self._standing(tenant, request_id)
+        return poll if reason is None else replace(poll, queue_state="paused_capacity", queue_reason=reason)
+
+    def _standing(self, tenant: str, request_id: str) -> str | None:
+        """Where a request stands that waits for others, in words; None if it is being worked on."""
+        run_id = self._books.promises.run_of(request_id)
+        run = None if run_id is None else self._books.runs.find(run_id)
+        if run is not None:
+            if self._books.watch.is_running(request_id):
+                return None
+            standings = [self._drivers[run.record.base_model].run_standing(run)]
+            gap = gap_in_words(run, self._books.watch.seq_id_of(request_id))
+            if gap is not None:
+                return gap
+        else:
+            standings = [driver.sample_standing(tenant, request_id) for driver in self._drivers.values()]
+        return next((in_words(*standing) for standing in standings if standing is not None), None)
 
     def gauges(self) -> Mapping[str, Mapping[str, float]]:
         """By base model: what its group holds. Names as in GroupDriver.gauges and TickReport.gauges."""
         return {name: driver.gauges() for name, driver in self._drivers.items()}
+
+    def measure(self) -> None:
+        """Set every gauge of the control plane to what it is now."""
+        measure(self._books, self._drivers, self._keeper)
 
     async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
         promises = self._books.promises
@@ -416,7 +446,9 @@ class ControlPlane(OnRecord):
     def _open(self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False) -> str:
         if self._closing:
             raise BackendUnavailable(_STOPPING.message)
-        return self._books.promises.open(tenant, origin, sampling)
+        request_id = self._books.promises.open(tenant, origin, sampling)
+        self._books.watch.accepted(request_id, tenant, origin)
+        return request_id
 
     def _failed(self, tenant: str, failure: Failure | None) -> str:
         """A promise that has failed already."""

@@ -62,6 +62,10 @@ class Sessions:
             raise NotFound(f"session {session_id!r} does not exist")
         return session
 
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
     def runs_of(self, session_id: str) -> list[str]:
         return [run_id for run_id, _ in self._sessions[session_id].models.values()]
 

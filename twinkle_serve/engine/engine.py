@@ -22,6 +22,7 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.adapter_files import load_adapter, save_adapter
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import load_base_model
+from twinkle_serve.engine.flops import with_speed
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
 from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.pulse import PULSE
@@ -65,7 +66,7 @@ class Engine:
         self._owned_scratch = Path(tempfile.mkdtemp(prefix="twinkle-pages-")) if scratch is None else None
         scratch = scratch or self._owned_scratch
         assert scratch is not None
-        directory = resolve_model(config.path, config.revision)
+        self._directory = directory = resolve_model(config.path, config.revision)
         self.base = load_base_model(config, directory)
         self.pool = SlotPool(
             self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device, self.base.dtype
@@ -85,7 +86,7 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo:
-        return self.base.info
+        return with_speed(self.base.info, self._directory, self.base.device, self.base.dtype)
 
     def probe(self) -> bool:
         """Whether a forward pass of the base model still works; cheap."""
@@ -188,6 +189,7 @@ class Engine:
             "paged_disk_bytes": float(self._pages.disk_bytes),
             "snapshot_host_bytes": float(self._snapshots.host_bytes),
             "kv_blocks_free": float(self._sampler.num_free_blocks),
+            "kv_blocks": float(self._sampler.num_blocks),
         }
 
 

@@ -69,6 +69,10 @@ class Sampler:
         return len(self._waiting) + len(self._running)
 
     @property
+    def num_blocks(self) -> int:
+        return self._cache.num_blocks
+
+    @property
     def num_free_blocks(self) -> int:
         return self._cache.num_free
 

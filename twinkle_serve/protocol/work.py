@@ -197,11 +197,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answer to one request of a tick: ``value`` or ``failure``."""
+    """The answer to one request of a tick: ``value`` or ``failure``. metrics: the numbers in a value that
+    stays with the rank's process and is only referred to."""
 
     request_id: str
     value: Any = None
     failure: Failure | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,8 @@ class ModelInfo:
 
     tokenizer_id: what clients pass to AutoTokenizer: a hub id, or the absolute local directory.
     max_slots: adapters resident at once. eos_token_ids: what stops a sample by default.
+    active_parameters: weights that one token is multiplied with. peak_flops: what one rank's device can do
+    in the base model's dtype, floating point operations a second; 0 where it is not known.
     """
 
     name: str
@@ -238,3 +242,5 @@ class ModelInfo:
     max_rank: int
     max_slots: int
     eos_token_ids: tuple[int, ...]
+    active_parameters: int = 0
+    peak_flops: float = 0.0

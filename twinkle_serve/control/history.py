@@ -1,0 +1,185 @@
+"""What a run's training looked like: loss, learning rate and tokens by optimizer step, in bounded memory.
+
+Knows numbers by step. Does not know where they come from (watch.py) or how they are drawn (console/).
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_POINTS = 512
+MAX_RUNS = 2_000
+MAX_NAMES = 32
+# How two neighbouring points become one when the ring is full; everything else is averaged.
+_LAST = ("seq_id", "step", "time", "total_tokens")
+_SUMMED = ("tokens",)
+# What the sums of a pass are divided by, the first of these that is there.
+_WEIGHTS = ("weight:sum", "scored_tokens:sum")
+
+
+class Curves:
+    """Columns of equal length, one row a point, NaN where a point has nothing. When ``most`` points are
+    there, each two become one: the curve keeps its whole length and loses resolution."""
+
+    def __init__(self, most: int = MAX_POINTS) -> None:
+        assert most % 2 == 0
+        self._most = most
+        self._columns: dict[str, array[float]] = {}
+        self._length = 0
+        self.version = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, point: Mapping[str, float]) -> None:
+        """Names beyond MAX_NAMES are dropped."""
+        for name in point:
+            if name not in self._columns and len(self._columns) < MAX_NAMES:
+                self._columns[name] = array("d", [math.nan]) * self._length
+        for name, column in self._columns.items():
+            column.append(point.get(name, math.nan))
+        self._length += 1
+        self.version += 1
+        if self._length >= self._most:
+            self._halve()
+
+    def truncate(self, name: str, at_least: float) -> None:
+        """Forget the points at the end whose ``name`` is at least this: they are about to come again."""
+        column = self._columns.get(name, array("d"))
+        while column and column[-1] >= at_least:
+            for each in self._columns.values():
+                each.pop()
+            self._length -= 1
+            self.version += 1
+
+    def last(self, name: str) -> float | None:
+        column = self._columns.get(name)
+        return column[-1] if column and not math.isnan(column[-1]) else None
+
+    def columns(self) -> dict[str, list[float | None]]:
+        """For JSON, which has no NaN."""
+        return {
+            name: [value if math.isfinite(value) else None for value in column]
+            for name, column in self._columns.items()
+        }
+
+    def _halve(self) -> None:
+        for name, column in self._columns.items():
+            pairs = zip(column[0::2], column[1::2], strict=True)
+            self._columns[name] = array("d", [_merged(name, first, second) for first, second in pairs])
+        self._length //= 2
+
+
+def _merged(name: str, first: float, second: float) -> float:
+    if name in _LAST or math.isnan(first):
+        return second
+    if math.isnan(second):
+        return first
+    return first + second if name in _SUMMED else (first + second) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    metrics: Mapping[str, float]
+    tokens: int
+    backward: bool
+
+
+@dataclass
+class RunHistory:
+    """One run's curves by step, what its program reported by itself, and the passes since the last step."""
+
+    steps: Curves = field(default_factory=Curves)
+    reported: Curves = field(default_factory=Curves)
+    passes: dict[int, _Pass] = field(default_factory=dict)
+
+    def add_pass(self, seq_id: int, metrics: Mapping[str, float], tokens: int, backward: bool) -> None:
+        """metrics: as the client gets them, ``name:sum``. A pass that is done again counts once."""
+        self.passes[seq_id] = _Pass(dict(metrics), tokens, backward)
+
+    def add_step(self, seq_id: int, time: float, learning_rate: float, metrics: Mapping[str, float]) -> None:
+        """A step that was done before (recovery does some again) replaces what came of it then."""
+        self.steps.truncate("seq_id", seq_id)
+        passes = [each for number, each in self.passes.items() if number < seq_id]
+        self.passes.clear()
+        tokens = sum(each.tokens for each in passes)
+        point = {
+            "seq_id": float(seq_id),
+            "step": (self.steps.last("step") or 0.0) + 1,
+            "time": time,
+            "learning_rate": learning_rate,
+            "tokens": float(tokens),
+            "total_tokens": (self.steps.last("total_tokens") or 0.0) + tokens,
+            **_means_of([each for each in passes if each.backward]),
+            **{f"forward_{k}": v for k, v in _means_of([p for p in passes if not p.backward]).items()},
+            **{name.partition(":")[0]: value for name, value in metrics.items()},
+        }
+        self.steps.append(point)
+
+    def report(self, step: float, time: float, values: Mapping[str, float]) -> None:
+        """``values``: what the run's own program wants to see drawn, for instance its reward."""
+        self.reported.append({"step": step, "time": time, **values})
+
+    def view(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "num_steps": int(self.steps.last("step") or 0),
+            "total_tokens": int(self.steps.last("total_tokens") or 0),
+            "steps": self.steps.columns(),
+            "reported": self.reported.columns(),
+        }
+
+    @property
+    def version(self) -> int:
+        """Changes whenever ``view`` does."""
+        return self.steps.version + self.reported.version
+
+
+def _means_of(passes: list[_Pass]) -> dict[str, float]:
+    sums = {"": float(sum(each.tokens for each in passes))}
+    for each in passes:
+        for name, value in each.metrics.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return means(sums)
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Sums over tokens as means over the tokens that count. ``sums``: by name, with the number of all
+    tokens under the empty name. The loss is there as ``loss``."""
+    weight_name = next((name for name in _WEIGHTS if sums.get(name, 0.0) > 0), "")
+    weight = sums.get(weight_name, 0.0)
+    if weight <= 0:
+        return {}
+    found = {}
+    for name, value in sums.items():
+        what, _, reduction = name.partition(":")
+        if reduction == "sum" and name not in _WEIGHTS:
+            found[what] = value / weight
+    return found
+
+
+class Histories:
+    """The histories of all runs; the one that was touched longest ago goes when there are too many."""
+
+    def __init__(self, most: int = MAX_RUNS) -> None:
+        self._most = most
+        self._runs: OrderedDict[str, RunHistory] = OrderedDict()
+
+    def of(self, run_id: str) -> RunHistory:
+        """To add to it."""
+        history = self._runs.get(run_id)
+        if history is None:
+            history = self._runs[run_id] = RunHistory()
+            if len(self._runs) > self._most:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(run_id)
+        return history
+
+    def look(self, run_id: str) -> RunHistory:
+        """To read it; an empty one if nothing is known."""
+        return self._runs.get(run_id) or RunHistory()
