@@ -8,7 +8,7 @@ routing results; does not know the router, tenants or expert parallelism (shardi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,14 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twinkle_serve.engine.activation import activate, backward_activation
-from twinkle_serve.engine.grouped import GroupedExperts, bounds_of, combine, group_pairs, sum_over_experts
+from twinkle_serve.engine.grouped import (
+    GroupedExperts,
+    bounds_of,
+    combine,
+    group_pairs,
+    sum_over_experts,
+    with_blank,
+)
 from twinkle_serve.engine.layers import Segments, accumulate
 from twinkle_serve.engine.slots import Adapter, Segment
 
@@ -28,12 +35,17 @@ IMPLEMENTATION = "twinkle"
 
 @dataclass(frozen=True, slots=True)
 class ExpertTargets:
-    """Where an experts module finds its segments and the indices of its three targets in the layout."""
+    """Where an experts module finds its segments and the indices of its three targets in the layout.
+
+    dispatch: takes the place of the experts where they are on several ranks (sharding/); the segments are
+    then those of the rows that come to this rank.
+    """
 
     segments: Segments
     gate: int
     up: int
     down: int
+    dispatch: Callable[..., torch.Tensor] | None = None
 
 
 class Routing(NamedTuple):
@@ -60,30 +72,53 @@ def experts_forward(
 ) -> torch.Tensor:
     """hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K] -> [T, H]."""
     targets: ExpertTargets = module.twinkle_targets  # type: ignore[assignment]
+    if targets.dispatch is not None:
+        return targets.dispatch(module, hidden_states, top_k_index, top_k_weights)
+    return local_experts(module, hidden_states, top_k_index, top_k_weights)
+
+
+def local_experts(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *,
+    partial: bool = False,
+) -> torch.Tensor:
+    """What the experts of ``module`` add to each token; shapes as in ``experts_forward``.
+
+    partial: an index equal to the number of experts stands for one that is elsewhere and adds nothing here.
+    """
+    targets: ExpertTargets = module.twinkle_targets  # type: ignore[assignment]
     segments = targets.segments.of("mlp")
+    num_experts = int(module.num_experts)  # type: ignore[arg-type]
     if targets.segments.grouped:
         groups = targets.segments.stretches("mlp", hidden_states)
-        pairs = group_pairs(top_k_index, int(module.num_experts), groups)  # type: ignore[arg-type]
+        pairs = group_pairs(top_k_index, num_experts, groups, partial=partial)
         return GroupedExperts.apply(hidden_states, top_k_weights, module, groups, pairs, targets)
-    routing = route(top_k_index, segments)
+    routing = route(top_k_index, segments, num_experts if partial else None)
     return _Experts.apply(hidden_states, top_k_weights, module, routing, segments, targets)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-def route(top_k_index: torch.Tensor, segments: Sequence[Segment]) -> Routing:
+def route(top_k_index: torch.Tensor, segments: Sequence[Segment], num_experts: int | None = None) -> Routing:
     """Sort the pairs of ``top_k_index`` [T, K] by expert, and within an expert by segment.
 
     Segments are ascending and disjoint, so a stable sort by expert leaves an expert's pairs in segment order.
+    num_experts: pairs of experts from this one on are left out; see grouped.with_blank.
     """
     num_tokens, top_k = top_k_index.shape
     # In numpy: for the few pairs of a decode step, launching torch operators would cost more than sorting.
     flat = top_k_index.reshape(-1).cpu().numpy()
     order = np.argsort(flat, kind="stable")
-    token = order // top_k
     inverse = np.empty_like(order)
     inverse[order] = np.arange(order.size)
+    if num_experts is not None:
+        order = order[: np.count_nonzero(flat < num_experts)]
+        inverse = np.minimum(inverse, order.size)
+    token = order // top_k
     bounds = bounds_of(segments, num_tokens)
     edges = [start for _, start in bounds]
     keys = flat[order] * len(bounds) + np.searchsorted(edges, token, side="right") - 1
@@ -153,7 +188,7 @@ class _Experts(torch.autograd.Function):
         z = activate(module, gate_up)
         dz_unweighted = _backward_down(ctx, z, dout, weights, down_hidden)
         pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1)
-        dweights = (z * dz_unweighted).sum(1)[routing.inverse].view_as(weights)
+        dweights = with_blank((z * dz_unweighted).sum(1), routing.inverse)[routing.inverse].view_as(weights)
         dgate_up = backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
         dx = sum_over_experts(
             _base_product(dgate_up, module.gate_up_proj, routing), routing.inverse, ctx.top_k

@@ -76,7 +76,12 @@ class Stretches(NamedTuple):
         targets = [which(adapter.factors(index)) for _, adapter in owned]
         assert all(target is not None for target in targets), "backward through a frozen adapter"
         parts = [gradients[i, : adapter.spec.rank].float() for i, adapter in owned]
-        if parts:
+        if len({id(adapter) for _, adapter in owned}) < len(owned):
+            # An adapter comes once for each rank that has rows of it. Additions of one kernel would race.
+            for target, part in zip(targets, parts, strict=True):
+                assert target is not None
+                target.add_(part)
+        elif parts:
             torch._foreach_add_([target for target in targets if target is not None], parts)
 
 
@@ -165,17 +170,26 @@ class PairGroups(NamedTuple):
     block_ends: torch.Tensor
 
 
-def group_pairs(top_k_index: torch.Tensor, num_experts: int, groups: Stretches) -> PairGroups:
-    """Sort the pairs of ``top_k_index`` [T, K], without waiting for the device."""
+def group_pairs(
+    top_k_index: torch.Tensor, num_experts: int, groups: Stretches, *, partial: bool = False
+) -> PairGroups:
+    """Sort the pairs of ``top_k_index`` [T, K], without waiting for the device.
+
+    partial: leave out pairs of experts from ``num_experts`` on. How many stay has to be waited for, but all
+    that follows is smaller by the number of ranks.
+    """
     flat = top_k_index.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    token = order // top_k_index.shape[1]
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
+    if partial:
+        order = order[: int((flat < num_experts).sum())]
+        inverse.clamp_(max=order.numel())
+    token = order // top_k_index.shape[1]
     stretch = torch.searchsorted(groups.ends, token.int(), right=True)
     width = len(groups.adapters)
     counts = torch.zeros(num_experts * width, dtype=torch.int32, device=flat.device)
-    counts.scatter_add_(0, flat[order] * width + stretch, torch.ones_like(flat, dtype=torch.int32))
+    counts.scatter_add_(0, flat[order] * width + stretch, torch.ones_like(order, dtype=torch.int32))
     expert_ends = counts.view(num_experts, width).sum(1).cumsum(0).int()
     return PairGroups(token, order, inverse, expert_ends, counts.cumsum(0).int())
 
@@ -196,13 +210,20 @@ def _all_experts(blocks: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 def combine(pairs: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """sum_k w[t, k] pairs[t, k]: [P, D] -> [T, D]."""
-    grid = pairs.index_select(0, inverse).view(*weights.shape, pairs.shape[1])
+    grid = with_blank(pairs, inverse).index_select(0, inverse).view(*weights.shape, pairs.shape[1])
     return torch.bmm(weights.to(pairs.dtype).unsqueeze(1), grid).squeeze(1)
 
 
 def sum_over_experts(pairs: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    num_tokens, width = pairs.shape[0] // top_k, pairs.shape[1]  # no -1: the width is 0 without any adapter
-    return pairs.index_select(0, inverse).view(num_tokens, top_k, width).sum(1)
+    num_tokens, width = inverse.numel() // top_k, pairs.shape[1]  # no -1: the width is 0 without any adapter
+    return with_blank(pairs, inverse).index_select(0, inverse).view(num_tokens, top_k, width).sum(1)
+
+
+def with_blank(pairs: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """``pairs`` [P, ...], and a row of zeros behind them if some places of ``inverse`` have no pair here."""
+    if pairs.shape[0] == inverse.numel():
+        return pairs
+    return torch.cat((pairs, pairs.new_zeros(1, *pairs.shape[1:])))
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -244,7 +265,7 @@ class GroupedExperts(torch.autograd.Function):
         z = activate(module, gate_up)
         pair_weights = weights.reshape(-1)[pairs.order].unsqueeze(1).to(z.dtype)
         dz = _backward_down(ctx, z, dout.contiguous(), pair_weights)
-        dweights = (z * dz).sum(1)[pairs.inverse].view_as(weights)
+        dweights = with_blank((z * dz).sum(1), pairs.inverse)[pairs.inverse].view_as(weights)
         dgate_up = backward_activation(module, gate_up, dz * pair_weights)
         dx = sum_over_experts(
             _mm(dgate_up, module.gate_up_proj, pairs.expert_ends), pairs.inverse, weights.shape[1]

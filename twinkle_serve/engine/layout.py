@@ -28,6 +28,8 @@ class Target:
     in_features, out_features: of one expert where the target is one of fused experts.
     num_experts: 0 for a linear layer. The factor on the hidden side is shared by the experts: A of gate and
     up, B of down; the other one has ``num_experts`` parts side by side.
+    first_expert, total_experts: which of the layer's experts these are, where a rank holds some of them
+    (sharding/shares.py); total 0 stands for all.
     a_offset, b_offset: first column of A and of B; ``AdapterLayout.build`` sets them.
     """
 
@@ -39,17 +41,35 @@ class Target:
     num_experts: int = 0
     a_offset: int = -1
     b_offset: int = -1
+    first_expert: int = 0
+    total_experts: int = 0
 
     @property
     def a_width(self) -> int:
         """Columns of A in a block: those of all experts where A is per expert."""
-        return self.in_features * (self.num_experts if self.kind == "expert_down" else 1)
+        return self.in_features * (self.num_experts if self.a_per_expert else 1)
 
     @property
     def b_width(self) -> int:
         """Columns of B in a block: those of all experts where B is per expert."""
-        per_expert = self.kind in ("expert_gate", "expert_up")
-        return self.out_features * (self.num_experts if per_expert else 1)
+        return self.out_features * (self.num_experts if self.b_per_expert else 1)
+
+    @property
+    def a_per_expert(self) -> bool:
+        return self.kind == "expert_down"
+
+    @property
+    def b_per_expert(self) -> bool:
+        return self.kind in ("expert_gate", "expert_up")
+
+    @property
+    def a_of_all(self) -> tuple[int, int]:
+        """The width of A over all experts of the layer, and where in it these experts' part begins."""
+        if not self.a_per_expert:
+            return self.a_width, 0
+        return self.in_features * (
+            self.total_experts or self.num_experts
+        ), self.in_features * self.first_expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +98,8 @@ class AdapterLayout:
                 raise ValueError(f"LoRA target {target.path} ({target.kind}) is listed twice")
             seen.add((target.path, target.kind))
             a_offset = end
-            b_offset = _aligned(a_offset + target.a_width)
-            end = _aligned(b_offset + target.b_width)
+            b_offset = aligned(a_offset + target.a_width)
+            end = aligned(b_offset + target.b_width)
             placed.append(replace(target, a_offset=a_offset, b_offset=b_offset))
         return cls(tuple(placed), end)
 
@@ -97,7 +117,8 @@ class AdapterLayout:
         return rank * sum(t.a_width + t.b_width for t in self.targets if t.group in wanted)
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """The next offset at which something may begin."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 

@@ -38,7 +38,7 @@ class Adapter:
 
     grads: a block of the same shape that backward passes add to, or None for a frozen adapter.
     dtype: what the matrix products run in. If it is not that of the weights, they are copied to it once per
-    change, which whoever changes them says by ``refresh``.
+    change, which whoever changes them says by ``refresh``. ``compute``: that copy, if there is one already.
     """
 
     def __init__(
@@ -48,13 +48,15 @@ class Adapter:
         weights: torch.Tensor,
         grads: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        compute: torch.Tensor | None = None,
     ) -> None:
         self.layout = layout
         self.spec = spec
         self.weights = weights
         self.grads = grads
         self.scale = LORA_ALPHA / spec.rank
-        self._compute = weights.to(dtype)  # the same tensor if the type is the same
+        # The same tensor if the type is the same.
+        self._compute = weights.to(dtype) if compute is None else compute
         # Views are kept: making one costs more than the small matrix products they are made for.
         self._factors: list[Factors | None] = [None] * len(layout.targets)
         self._expert_factors: dict[tuple[int, int], Factors] = {}
@@ -118,16 +120,18 @@ def trained_groups(spec: LoraSpec) -> frozenset[Group]:
 def initialize(layout: AdapterLayout, spec: LoraSpec, weights: torch.Tensor) -> None:
     """Fill a zeroed block with a fresh adapter: A uniform in +-1/sqrt(in_features), B zero.
 
-    Depends on the seed and the layout only, never on the slot or the device. Groups that are not trained stay
-    zero, so they add exactly nothing and have no gradient.
+    Depends on the seed and the layout only, never on the slot or the device, nor on how many of the experts
+    are here: all of them are drawn. Groups that are not trained stay zero, so they add exactly nothing and
+    have no gradient.
     """
     generator = torch.Generator().manual_seed(spec.seed % 2**63)
     groups = trained_groups(spec)
     for target in layout.targets:
         bound = 1 / math.sqrt(target.in_features)
-        a = torch.empty(spec.rank, target.a_width).uniform_(-bound, bound, generator=generator)
+        width, first = target.a_of_all
+        a = torch.empty(spec.rank, width).uniform_(-bound, bound, generator=generator)
         if target.group in groups:
-            layout.a(weights, target).copy_(a)
+            layout.a(weights, target).copy_(a[:, first : first + target.a_width])
 
 
 @dataclass(slots=True)

@@ -1,0 +1,93 @@
+"""A model's weight files: which tensor lies in which file, read tensor by tensor or slice by slice.
+
+Knows safetensors and their index, and says what is wrong with a directory before minutes were spent on it.
+Does not know models or ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "SHA256SUMS"
+
+
+class DamagedModel(OSError):
+    """A weight file is missing, cut short or changed; the message names it."""
+
+
+class WeightFiles:
+    """The tensors of a model directory by name. Opens every file at once, which reads their headers only.
+
+    Raises DamagedModel.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file_of: dict[str, Any] = {}
+        for name in self._names():
+            file = self._open(directory / name)
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+        for name, path in self._listed().items():
+            if name not in self._file_of:
+                raise DamagedModel(f"{directory / path} lacks {name}, which {INDEX} says it holds")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file_of[name].get_slice(name).get_shape())
+
+    def read(self, name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """A tensor, or rows ``first:end`` of it; nothing else is read from disk."""
+        return self._file_of[name].get_slice(name)[first:end]
+
+    def verify(self) -> None:
+        """Compare every weight file with ``SHA256SUMS`` in the directory, as ``sha256sum`` writes it.
+
+        Raises DamagedModel, also if there is no such file or it does not list a weight file.
+        """
+        path = self._directory / CHECKSUMS
+        if not path.is_file():
+            raise DamagedModel(f"{path} is missing; write it with: sha256sum *.safetensors > {CHECKSUMS}")
+        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+        wanted = {name.lstrip("*").strip(): digest for digest, name in lines}
+        for name in self._names():
+            logger.info("checking %s", self._directory / name)
+            with (self._directory / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if wanted.get(name) != found:
+                raise DamagedModel(f"{self._directory / name} does not have the sha256 in {CHECKSUMS}")
+
+    def _listed(self) -> dict[str, str]:
+        """Tensor to file name, out of the index; nothing without one."""
+        path = self._directory / INDEX
+        if not path.is_file():
+            return {}
+        try:
+            listed: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+            return listed
+        except (ValueError, KeyError, TypeError):
+            raise DamagedModel(f"{path} is not a readable index") from None
+
+    def _names(self) -> list[str]:
+        return sorted(set(self._listed().values())) or [SINGLE]
+
+    def _open(self, path: Path) -> Any:
+        if not path.is_file():
+            raise DamagedModel(f"{path} is missing")
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise DamagedModel(f"{path} is cut short or not a safetensors file: {error}") from None
