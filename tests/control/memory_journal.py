@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from twinkle_serve.storage.journal import Fenced, JournalEntry, RunHistory, StoredResult, StoredSnapshot
@@ -93,7 +94,7 @@ class MemoryJournal:
 
 def _copy(history: RunHistory) -> RunHistory:
     """Other lists of the same rows, which nobody can change."""
-    return RunHistory(list(history.entries), list(history.snapshots), list(history.results))
+    return RunHistory(*(list(getattr(history, each.name)) for each in fields(history)))
 
 
 class MemoryFiles:
