@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,16 +20,22 @@ import pytest
 from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.testing.server import free_port
 
-LOOP = Path(__file__).parent / "sdk_loop.py"
 READY_S = 240.0
+TRAP_S = 120.0
+TITLES = {
+    "ingress": ["ServeReplica:", "ingress"],
+    "coordinator": ["Coordinator"],
+    "rank": ["rank ", "RankWorker"],
+}
 
 
 @dataclass
 class Server:
-    """``twinkle-serve up`` on one port and one storage root, through all its deaths."""
+    """``twinkle-serve up`` of a deployment file on one port and one storage root, through all its deaths."""
 
     root: Path
     model: Path
+    deployment: Path
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -42,17 +47,24 @@ class Server:
     def log(self) -> Path:
         return self.root / "server.log"
 
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def traps(self) -> Path:
+        return self.root / "traps"
+
     def start(self) -> None:
-        config = self.root / "config.json"
-        model = {"name": "tiny", "path": str(self.model), "num_threads": 1, "device": "cpu"}
-        tree = {
-            "models": [model | {"deterministic": True}],
-            "storage": {"root": str(self.root / "store"), "snapshot_every_steps": 4},
-            "http": {"port": self.port, "replicas": 2},
+        command = [str(Path(sys.executable).parent / "twinkle-serve"), "up", str(self.deployment)]
+        for setting in self._settings():
+            command += ["--set", setting]
+        self.traps.mkdir(exist_ok=True)
+        environment = os.environ | {
+            "RAY_memory_monitor_refresh_ms": "0",
+            "PYTHONUNBUFFERED": "1",
+            "TWINKLE_FAULTS": str(self.traps),
         }
-        config.write_text(json.dumps(tree))
-        command = [str(Path(sys.executable).parent / "twinkle-serve"), "up", str(config)]
-        environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0", "PYTHONUNBUFFERED": "1"}
         before = self.log.read_text(errors="replace").count("ready http") if self.log.exists() else 0
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -61,6 +73,18 @@ class Server:
             assert self.process.poll() is None, self.tail()
             assert time.monotonic() < deadline, self.tail()
             time.sleep(0.1)
+
+    def _settings(self) -> list[str]:
+        return [
+            "models.0.name=tiny",
+            f"models.0.path={self.model}",
+            "models.0.device=cpu",
+            "models.0.num_threads=1",
+            "models.0.deterministic=true",
+            f"storage.root={self.store}",
+            "storage.snapshot_every_steps=4",
+            f"http.port={self.port}",
+        ]
 
     def pids(self, *titles: str) -> list[int]:
         """Processes of this server whose title holds one of these."""
@@ -77,26 +101,43 @@ class Server:
                 found.append(pid)
         return sorted(found)
 
-    def kill(self, what: str) -> None:
-        """SIGKILL ``ingress``, ``coordinator``, ``rank`` (one process each), or ``everything``."""
+    def kill(self, victim: str, rng: random.Random) -> None:
+        """SIGKILL an ``ingress`` replica, the ``coordinator``, a ``rank``, or ``everything``."""
         assert self.process is not None
-        if what == "everything":
+        if victim == "everything":
             pids = [self.process.pid, *descendants(self.process.pid)]
         else:
-            titles = {
-                "ingress": ["ingress"],
-                "coordinator": ["Coordinator"],
-                "rank": ["rank 0", "RankWorker"],
-            }
-            pids = self.pids(*titles[what])[:1]
+            found = self.pids(*TITLES[victim])
+            pids = [rng.choice(found)] if found else []  # none: it is dead already, and not yet replaced
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if what == "everything":
+        if victim == "everything":
             self.process.wait()
             deadline = time.monotonic() + 30
             while not _is_free(self.port) and time.monotonic() < deadline:
                 time.sleep(0.02)  # a killed process holds its sockets until its last thread is gone
+
+    def strike(self, victim: str, place: str | None, rng: random.Random) -> None:
+        """Kill the victim while a process stands at ``place`` (None: anywhere), and let life go on."""
+        if place is None:
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            (self.traps / place).touch()
+            if place == "in replay":
+                self.kill("rank", rng)
+            self._await_somebody_at(place)
+        self.kill(victim, rng)
+        for path in self.traps.iterdir():
+            path.unlink()
+        if victim == "everything":
+            self.start()
+
+    def _await_somebody_at(self, place: str) -> None:
+        deadline = time.monotonic() + TRAP_S
+        while (self.traps / place).exists():
+            assert time.monotonic() < deadline, f"nobody came by {place!r}:\n{self.tail()}"
+            time.sleep(0.005)
 
     def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:
@@ -105,7 +146,7 @@ class Server:
         try:
             self.process.wait(45)
         except subprocess.TimeoutExpired:
-            self.kill("everything")
+            self.kill("everything", random.Random())
             raise AssertionError(f"SIGTERM was ignored:\n{self.tail()}") from None
 
     def tail(self) -> str:
@@ -122,56 +163,13 @@ def _is_free(port: int) -> bool:
     return True
 
 
-class Loop:
-    """The SDK program in its own process; ``wait_for(step)`` follows its progress."""
-
-    def __init__(self, url: str, steps: int, errors: Path) -> None:
-        self._errors = errors
-        command = [sys.executable, str(LOOP), url, "tiny", str(steps)]
-        environment = os.environ | {"TINKER_TELEMETRY": "0"}
-        with errors.open("wb") as output:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=output, env=environment, text=True
-            )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.append(line)
-
-    def wait_for(self, step: int, timeout_s: float = 120.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while f"step {step}\n" not in self._lines and self.process.poll() is None:
-            assert time.monotonic() < deadline, self._problem()
-            time.sleep(0.01)
-
-    def result(self, timeout_s: float = 240.0) -> dict[str, Any]:
-        try:
-            code = self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"the client hangs: {self._problem()}") from None
-        self._reader.join(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        assert code == 0, self._problem()
-        seen: dict[str, Any] = json.loads(self._lines[-1])
-        return seen
-
-    def _problem(self) -> str:
-        return f"{self._lines[-3:]}\n{self._errors.read_text(errors='replace')[-3000:]}"
-
-
 @pytest.fixture
-def server_on(tiny_llama: Path) -> Callable[[Path], Any]:
+def server_on(tiny_llama: Path) -> Callable[[Path, Path], Any]:
     """``with server_on(root) as server``: started, and ended whatever has become of it."""
 
     @contextmanager
-    def run(root: Path) -> Iterator[Server]:
-        server = Server(root, tiny_llama)
+    def run(root: Path, deployment: Path) -> Iterator[Server]:
+        server = Server(root, tiny_llama, deployment)
         server.start()
         try:
             yield server
@@ -180,6 +178,6 @@ def server_on(tiny_llama: Path) -> Callable[[Path], Any]:
                 server.stop()
             finally:
                 if server.process is not None and server.process.poll() is None:
-                    server.kill("everything")
+                    server.kill("everything", random.Random())
 
     return run
