@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.common import Report, interleave
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Command, OptimCommand, PassCommand
-from twinkle_serve.control.keeper import Durability
+from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.protocol.data import AdamParams, Column, DatumBatch, LoraSpec

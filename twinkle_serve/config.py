@@ -85,6 +85,12 @@ class StorageConfig(Strict):
     snapshot_every_s: float = Field(
         60.0, gt=0, description="and when something in it is not on disk for so long, seconds"
     )
+    snapshot_replay_s: float = Field(
+        10.0,
+        gt=0,
+        description="and when it has the largest part of what a dead group would do again, and all of that "
+        "would take so long, seconds; less often where snapshots would hold up more than 2 % of the work",
+    )
 
 
 class SamplerConfig(Strict):

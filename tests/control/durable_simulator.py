@@ -25,7 +25,7 @@ from tests.control.virtual_time import run as run_virtual
 from twinkle_serve.config import Config
 from twinkle_serve.control import suspects
 from twinkle_serve.control.backend import NotFound, Poll
-from twinkle_serve.control.keeper import Durability
+from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable
 
@@ -46,8 +46,9 @@ def _config(rng: random.Random) -> Config:
     )
     storage = config.storage.model_copy(
         update={
-            "snapshot_every_steps": rng.choice([1, 2, 4]),
+            "snapshot_every_steps": rng.choice([1, 2, 4, 1000]),
             "snapshot_every_s": rng.choice([0.01, 1.0, 60.0]),
+            "snapshot_replay_s": rng.choice([0.1, 10.0]),
         }
     )
     return config.model_copy(update={"storage": storage})

@@ -77,6 +77,7 @@ class EchoGroup:
         self.on_disk = False
         self.num_crashes_left = 0
         self.crash_when = lambda tick, phase: False
+        self.tried: list[str] = []
         self.raise_in_tick: Exception | None = None
         self.rebuilds = 0
         self.rebuild_failures = 0
@@ -84,6 +85,13 @@ class EchoGroup:
         self.bytes_per_page = 0
 
     # the contract ---------------------------------------------------------------------------------
+
+    async def check_loss(self, graph: str) -> Failure | None:
+        """A loss whose text starts with "bad" is one; "lost" is tried when no rank is there."""
+        self.tried.append(graph)
+        if graph.startswith("lost"):
+            raise GroupLost("no rank")
+        return Failure("a bad loss") if graph.startswith("bad") else None
 
     async def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
         if not self.is_up:
@@ -140,7 +148,7 @@ class EchoGroup:
             yield outcome
         yield TickReport(
             tick.tick_id,
-            {},
+            {"passes": self.pass_s if tick.passes else 0.0},
             len(self.active),
             {"paged_host_bytes": self.bytes_per_page * len(self.paged)},
         )

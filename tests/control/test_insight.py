@@ -14,8 +14,8 @@ from tests.control.memory_journal import MemoryFiles, MemoryJournal
 from tests.control.plane import TENANT, Client, control_plane, make_config, optim
 from tests.control.virtual_time import run
 from twinkle_serve.control.backend import NotFound
+from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.insight import in_words
-from twinkle_serve.control.keeper import Durability
 from twinkle_serve.control.metrics import METRICS, Tally, tenant_hash
 
 

@@ -15,7 +15,7 @@ from tests.control.memory_journal import MemoryFiles, MemoryJournal
 from tests.control.plane import TENANT, Client, counting_tokens, make_config, optim
 from tests.control.virtual_time import VirtualClock, virtual
 from twinkle_serve.control.backend import SaveCommand, SnapshotCommand, UnloadCommand
-from twinkle_serve.control.keeper import Durability
+from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable
 
@@ -243,3 +243,21 @@ async def test_a_checkpoint_deleted_after_its_answer_stays_deleted():
         assert await client.do(run, 4, pass_command("b")) == ("create", "a", "b")
         listed, _ = await plane.list_checkpoints(TENANT, run, None, 0)
         assert [checkpoint["tinker_path"] for checkpoint in listed] == [kept]
+
+
+@virtual
+async def test_a_dead_group_never_has_long_to_redo():
+    """Steps of a second each: a snapshot every ten, though neither steps nor time ask for one."""
+    store = Store(snapshot_every_steps=10_000, snapshot_every_s=10_000.0, snapshot_replay_s=10.0)
+    async with store.opened(EchoGroup(pass_s=1.0)) as plane:
+        client = await Client(plane).open()
+        run_id = await client.create()
+        assert plane._keeper is not None
+        kept = plane._keeper.kept[run_id]
+        longest = 0.0
+        for seq_id in range(1, 61):
+            await client.do(run_id, seq_id, pass_command(f"p{seq_id}"))
+            longest = max(longest, kept.debt_s)
+            assert len(kept.to_redo) <= 14, "the work since the last snapshot, and while that was listed"
+        assert longest >= 9.0
+        assert kept.covered >= 40

@@ -6,7 +6,7 @@ from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.memory_journal import MemoryFiles, MemoryJournal
 from tests.control.plane import TENANT, Client, control_plane
 from tests.control.virtual_time import virtual
-from twinkle_serve.control.keeper import Durability
+from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.suspects import Suspects
 
 

@@ -315,6 +315,8 @@ class GroupDriver:
 
     def _read(self, report: TickReport) -> None:
         self.books.watch.tick_ended(self.base_model, report)
+        if self._keeper is not None:
+            self._keeper.ticked(self.base_model, report.seconds)
         was_full, self._reported = self.is_full(), report.gauges
         if was_full and not self.is_full():
             self._event.set()  # for the runs that wait to be created

@@ -14,129 +14,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 from twinkle_serve.config import StorageConfig
 from twinkle_serve.control.backend import LoadCommand, OptimCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.codec import encode_command, encode_result
-from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry
+from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry, num_tokens
+from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.flights import Flight
-from twinkle_serve.control.log import Entry
+from twinkle_serve.control.kept import UNBORN, Kept, due
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.protocol.work import Failure, PersistRun
-from twinkle_serve.storage.journal import (
-    GAP,
-    VOID,
-    Fenced,
-    JournalEntry,
-    RunHistory,
-    StoredResult,
-    StoredSnapshot,
-)
+from twinkle_serve.storage.journal import GAP, VOID, Fenced, JournalEntry, StoredResult, StoredSnapshot
 
 logger = logging.getLogger(__name__)
-UNBORN = -1  # what a run is covered up to before there is a snapshot; its birth has seq_id 0
 GIVEN_UP = Failure("the workers died each time they tried this request, so it was given up", "server")
 _PATIENCE_S = 10.0
 _RETRY_S = 30.0
 _SETTLE_POLL_S = 0.05
 _EXPIRE_EVERY_S = 60.0
-
-
-class JournalLike(Protocol):
-    """storage.journal.Journal, or a stand-in for it."""
-
-    stalled: str | None
-    num_bytes: int
-
-    def append(self, entry: JournalEntry) -> asyncio.Future[None]: ...
-    def cover(
-        self,
-        snapshot: StoredSnapshot,
-        results: list[StoredResult],
-        drop_until: int,
-        drop_snapshots: list[int],
-    ) -> asyncio.Future[None]: ...
-    def retire(self, run_id: str, results: list[StoredResult]) -> asyncio.Future[None]: ...
-    def expire_results(self, settled_before: float) -> asyncio.Future[None]: ...
-    def histories(self) -> dict[str, RunHistory]: ...
-    def history(self, run_id: str) -> asyncio.Future[RunHistory]: ...
-
-
-class FilesLike(Protocol):
-    """storage.states.StateFiles, or a stand-in for it."""
-
-    def name_for(self, owner: str, detail: str) -> str: ...
-    def path(self, name: str) -> str: ...
-    def exists(self, name: str) -> bool: ...
-    def remove(self, name: str) -> None: ...
-    def sweep(self, keep: list[str]) -> None: ...
-
-
-async def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Durability:
-    """What the control plane survives with. resolve: turns a handle among results into the result. fenced:
-    called when another coordinator has taken over."""
-
-    journal: JournalLike
-    files: FilesLike
-    resolve: Callable[[Any], Awaitable[Any]] = _as_it_is
-    fenced: Callable[[], object] = _nothing
-
-
-@dataclass(slots=True)
-class Kept:
-    """One run.
-
-    done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
-    bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal
-    does not have, with their ids and whether the client numbered them. void: requests given up.
-    dirty_since: when the oldest change that no snapshot covers was made.
-    """
-
-    run: Run
-    done: list[int] = field(default_factory=list)
-    snapshots: list[StoredSnapshot] = field(default_factory=list)
-    bad: list[int] = field(default_factory=list)
-    unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
-    void: set[str] = field(default_factory=set)
-    num_steps: int = 0
-    dirty_since: float | None = None
-    not_before: float = 0.0
-    is_urgent: bool = False
-    is_persisting: bool = False
-    is_restoring: bool = False
-    is_parking: bool = False
-
-    @property
-    def covered(self) -> int:
-        return self.snapshots[0].covered if self.snapshots else UNBORN
-
-    @property
-    def executed(self) -> int:
-        return self.done[-1] if self.done else self.covered
-
-    @property
-    def to_redo(self) -> list[int]:
-        """What the newest snapshot does not have, in order."""
-        return [seq_id for seq_id in self.done if seq_id > self.covered]
-
-    def restore_entry(self, path: str) -> RunEntry:
-        """Belongs in front of what is to be redone."""
-        self.is_restoring = True
-        return Entry(self.covered, f"restore {self.run.run_id}", RestoreCommand(path, self.covered))
 
 
 class Keeper:
@@ -164,6 +64,9 @@ class Keeper:
         self._writing: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._expired_at = 0.0
+        # Of the tick that runs, by base model: how much work each run has in it, and who is snapshotted.
+        self._work: dict[str, Counter[str]] = defaultdict(Counter)
+        self._held: dict[str, list[Kept]] = defaultdict(list)
 
     @property
     def oldest_unwritten(self) -> str | None:
@@ -237,6 +140,7 @@ class Keeper:
         if isinstance(entry.command, RestoreCommand):
             return
         kept.done.append(entry.seq_id)
+        self._work[run.record.base_model][run.run_id] += 1 + num_tokens(entry.command)
         if kept.dirty_since is None and entry.seq_id > kept.covered:
             kept.dirty_since = self.books.clock.now()
         match entry.command:
@@ -246,25 +150,20 @@ class Keeper:
                 # Its checkpoint may be deleted or replaced, and then it cannot be done again.
                 kept.is_urgent = True
 
+    def ticked(self, base_model: str, seconds: Mapping[str, float]) -> None:
+        """The tick is over, and took so long by phase."""
+        work, held = self._work.pop(base_model, Counter()), self._held.pop(base_model, [])
+        spent = sum(seconds.get(phase, 0.0) for phase in ("move", "passes", "optim"))
+        for run_id, share in work.items():
+            if run_id in self.kept:
+                self.kept[run_id].debt_s += spent * share / work.total()
+        for kept in held:
+            kept.hold_s = seconds.get("save", 0.0) / len(held)
+
     def due(self, base_model: str) -> list[str]:
         """The runs of a model that should be snapshotted at the end of the coming tick."""
-        now = self.books.clock.now()
-        return [
-            run_id
-            for run_id, kept in self.kept.items()
-            if kept.dirty_since is not None
-            and kept.executed > kept.covered
-            and kept.run.record.base_model == base_model
-            and kept.run.down is None
-            and not kept.is_persisting
-            and not kept.is_restoring
-            and now >= kept.not_before
-            and (
-                kept.is_urgent
-                or kept.num_steps >= self._config.snapshot_every_steps
-                or now - kept.dirty_since >= self._config.snapshot_every_s
-            )
-        ]
+        runs = [kept for kept in self.kept.values() if kept.run.record.base_model == base_model]
+        return due(runs, self._config, self.books.clock.now())
 
     def persist(self, run_id: str, slot: int | None) -> tuple[PersistRun, Flight]:
         """The order to snapshot a run, and what becomes of its outcome."""
@@ -272,7 +171,8 @@ class Keeper:
         covered = kept.executed
         name = self.files.name_for(run_id, f"{covered}.{self._new_token()}")
         request_id = f"persist {name}"
-        kept.is_persisting, kept.is_urgent, kept.num_steps, kept.dirty_since = True, False, 0, None
+        kept.begin_snapshot()
+        self._held[kept.run.record.base_model].append(kept)
 
         def written(num_bytes: int) -> None:
             snapshot = StoredSnapshot(run_id, covered, name, num_bytes, self.books.clock.now())

@@ -14,7 +14,8 @@ from dataclasses import replace
 from twinkle_serve.control.backend import RejectedCommand, SnapshotCommand
 from twinkle_serve.control.codec import decode_command, decode_result
 from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry
-from twinkle_serve.control.keeper import GIVEN_UP, UNBORN, Keeper, Kept
+from twinkle_serve.control.keeper import GIVEN_UP, Keeper
+from twinkle_serve.control.kept import UNBORN, Kept
 from twinkle_serve.control.log import CommandLog, Entry
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.work import Failure
@@ -52,6 +53,7 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
     if kept.snapshots:
         entries = [kept.restore_entry(keeper.files.path(kept.snapshots[0].file)), *entries]
     kept.done = [*(seq_id for seq_id in kept.done if seq_id <= kept.covered), *skipped]
+    kept.debt_s = 0.0
     run.log.rewind(entries)
     logger.warning("run %s: %d requests since its last snapshot are done again", run.run_id, len(redo))
 

@@ -1,0 +1,104 @@
+"""What is on disk of one run, what was done to it since, and when it is to be written to disk again.
+
+Knows seq_ids, snapshots and the cost of doing things again. Does not know the journal or how a snapshot is
+taken (keeper.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from twinkle_serve.config import StorageConfig
+from twinkle_serve.control.commands import RestoreCommand, RunEntry
+from twinkle_serve.control.log import Entry
+from twinkle_serve.control.runs import Run
+from twinkle_serve.storage.journal import StoredSnapshot
+
+UNBORN = -1  # what a run is covered up to before there is a snapshot; its birth has seq_id 0
+# A snapshot may hold up the group for this share of the work that it saves from being done again.
+_WORTH = 50
+
+
+@dataclass(slots=True)
+class Kept:
+    """One run.
+
+    done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
+    bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal
+    does not have, with their ids and whether the client numbered them. void: requests given up.
+    dirty_since: when the oldest change that no snapshot covers was made. debt_s: how long it took to do what
+    no snapshot covers. hold_s: how long the last snapshot held up the tick that it was in.
+    """
+
+    run: Run
+    done: list[int] = field(default_factory=list)
+    snapshots: list[StoredSnapshot] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
+    unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    void: set[str] = field(default_factory=set)
+    num_steps: int = 0
+    debt_s: float = 0.0
+    hold_s: float = 0.0
+    dirty_since: float | None = None
+    not_before: float = 0.0
+    is_urgent: bool = False
+    is_persisting: bool = False
+    is_restoring: bool = False
+    is_parking: bool = False
+
+    @property
+    def covered(self) -> int:
+        return self.snapshots[0].covered if self.snapshots else UNBORN
+
+    @property
+    def executed(self) -> int:
+        return self.done[-1] if self.done else self.covered
+
+    @property
+    def to_redo(self) -> list[int]:
+        """What the newest snapshot does not have, in order."""
+        return [seq_id for seq_id in self.done if seq_id > self.covered]
+
+    def restore_entry(self, path: str) -> RunEntry:
+        """Belongs in front of what is to be redone."""
+        self.is_restoring = True
+        return Entry(self.covered, f"restore {self.run.run_id}", RestoreCommand(path, self.covered))
+
+    def begin_snapshot(self) -> None:
+        """What is done up to now will be in it."""
+        self.is_persisting, self.is_urgent = True, False
+        self.num_steps, self.debt_s, self.dirty_since = 0, 0.0, None
+
+    def may_persist(self, now: float) -> bool:
+        """Whether there is something new, and a whole adapter that has it."""
+        return (
+            self.dirty_since is not None
+            and self.executed > self.covered
+            and self.run.down is None
+            and not self.is_persisting
+            and not self.is_restoring
+            and now >= self.not_before
+        )
+
+    def is_due(self, config: StorageConfig, now: float) -> bool:
+        if not self.may_persist(now):
+            return False
+        assert self.dirty_since is not None
+        return (
+            self.is_urgent
+            or self.num_steps >= config.snapshot_every_steps
+            or now - self.dirty_since >= config.snapshot_every_s
+        )
+
+
+def due(runs: Sequence[Kept], config: StorageConfig, now: float) -> list[str]:
+    """Which of a group's runs should be snapshotted now: those whose time has come, and, once to do all again
+    would take too long, the one that would take longest."""
+    chosen = [kept for kept in runs if kept.is_due(config, now)]
+    if sum(kept.debt_s for kept in runs) >= config.snapshot_replay_s:
+        able = [kept for kept in runs if kept.may_persist(now) and kept.debt_s > _WORTH * kept.hold_s]
+        most = max(able, key=lambda kept: kept.debt_s, default=None)
+        if most is not None and most not in chosen:
+            chosen.append(most)
+    return [kept.run.run_id for kept in chosen]
