@@ -19,13 +19,10 @@ import ray
 from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
 from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.cluster.objects import resolve
-from twinkle_serve.cluster.tracing import span_exporter
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
-from twinkle_serve.control.spans import TRACE_PARENT
-from twinkle_serve.logs import configure_logs
 from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.storage.catalog import Catalog
 from twinkle_serve.storage.journal import Journal

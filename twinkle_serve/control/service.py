@@ -20,7 +20,6 @@ from twinkle_serve.control.backend import Command, Invalid, NotFound, PassComman
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
-from twinkle_serve.control.custom_losses import loss_id_for
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.group import Group, GroupLost
