@@ -184,6 +184,43 @@ class ModelConfig(Strict):
         return self
 
 
+class TenantLimits(Strict):
+    """What one tenant may use. At a limit its clients wait and are told why; nothing accepted fails."""
+
+    weight: float = Field(1.0, gt=0, le=1000, description="share of a busy server, beside the others'")
+    tokens_per_s: float = Field(
+        1e6, gt=0, description="tokens trained on, read and drawn, averaged over token_burst_s"
+    )
+    token_burst_s: float = Field(
+        60.0, gt=0, description="so many seconds of tokens_per_s may be used at once after a pause"
+    )
+    pending_requests: int = Field(16_384, ge=1, description="accepted requests without a result yet")
+    pending_bytes: int = Field(
+        8 * 2**30, ge=2**20, description="training data of accepted requests without a result yet, bytes"
+    )
+    live_runs: int = Field(256, ge=1, description="runs with an adapter; the creation of further ones waits")
+    checkpoint_bytes: int = Field(
+        2**40, ge=2**20, description="size of all checkpoints; at the limit saves wait until some are deleted"
+    )
+    http_requests: int = Field(
+        8192, ge=4, description="HTTP requests being answered by one ingress replica, held polls included"
+    )
+    body_bytes: int | None = Field(
+        None, ge=2**10, description="largest body, bytes, decompressed; null: http.max_body_bytes"
+    )
+    bodies_bytes: int = Field(
+        2**30,
+        ge=2**20,
+        description="bodies being read by one ingress replica; further ones stand in line, bytes",
+    )
+    sequence_tokens: int | None = Field(
+        None, ge=1, description="longest sequence in training and sampling, tokens; null: the model's limit"
+    )
+    datums: int | None = Field(
+        None, ge=1, description="datums of one request; null: limits.max_datums_per_request"
+    )
+
+
 class LimitsConfig(Strict):
     result_retention_s: float = Field(1800.0, gt=0, description="finished results can be polled this long")
     session_expiry_s: float = Field(
@@ -198,6 +235,26 @@ class LimitsConfig(Strict):
     max_datums_per_request: int = Field(65_536, ge=1)
     max_num_samples: int = Field(256, ge=1)
     sampler_snapshots_per_run: int = Field(4, ge=1, description="newest ephemeral snapshots kept per run")
+    tenant: TenantLimits = TenantLimits()
+    tenants: dict[str, TenantLimits] = Field(
+        default_factory=dict,
+        description="limits of single tenants, which else are those of `tenant`; by the name in "
+        "`twinkle-serve keys`, the ModelScope user name, or the tenant's id (a run's model_owner)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_said_is_as_for_all(cls, tree: Any) -> Any:
+        named = tree.get("tenants") if isinstance(tree, dict) else None
+        common = tree.get("tenant") if isinstance(tree, dict) else None
+        if not isinstance(named, dict) or not isinstance(common, dict):
+            return tree
+        merged = {name: common | own if isinstance(own, dict) else own for name, own in named.items()}
+        return tree | {"tenants": merged}
+
+    def of(self, *names: str) -> TenantLimits:
+        """Those of the tenant with these names, its id included."""
+        return next((self.tenants[name] for name in names if name in self.tenants), self.tenant)
 
 
 class RayConfig(Strict):

@@ -60,8 +60,10 @@ async def test_the_api_page_shows_requests(client: httpx.AsyncClient) -> None:
 
 async def test_the_cache_of_models_is_bounded(backend: ScriptedBackend, config: Config) -> None:
     gateway = Gateway(lambda: backend, config, OpenIdentity(), Links(b"s"))
-    call = Call(gateway, backend, "t", "name")
-    for index in range(_CACHE_SIZE + 10):
-        await call.datum_limits(f"run-{index}")
+    limits = config.limits.tenant
+    with gateway.doors.visit("t", limits) as visit:
+        call = Call(gateway, backend, "t", "name", limits, visit)
+        for index in range(_CACHE_SIZE + 10):
+            await call.datum_limits(f"run-{index}")
     assert len(gateway.models) == _CACHE_SIZE
     assert ("t", "run-0") not in gateway.models

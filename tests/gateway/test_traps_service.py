@@ -75,7 +75,9 @@ async def test_trap_19_a_400_has_a_json_body_and_a_length(
 
 def test_trap_20_no_402_nor_other_status_that_the_sdk_waits_on() -> None:
     kinds = [getattr(errors, name) for name in errors.__all__ if name not in ("WireError", "UserError")]
-    assert {kind.status for kind in kinds} == {400, 401, 404, 410, 413, 503}
+    assert {kind.status for kind in kinds} == {400, 401, 404, 410, 413, 429, 503}
+    # 429 is what the SDK waits on for as long as it takes: only for what it should send again.
+    assert [kind for kind in kinds if kind.status == 429] == [errors.Busy]
 
 
 async def test_trap_22_unpublish_does_not_delete(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:

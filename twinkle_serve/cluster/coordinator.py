@@ -23,10 +23,11 @@ from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
-from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 from twinkle_serve.storage.catalog import Catalog
 from twinkle_serve.storage.journal import Journal
 from twinkle_serve.storage.states import StateFiles
+from twinkle_serve.tenants import tenant_names
 
 _log = logging.getLogger(__name__)
 NAME = "coordinator"
@@ -77,7 +78,7 @@ class Coordinator:
             return Refusal(None, self._status.message)
         try:
             return await getattr(self._plane, method)(*arguments)
-        except (NotFound, Invalid, BackendUnavailable) as error:
+        except (NotFound, Invalid, BackendUnavailable, Busy) as error:
             return Refusal(error)
         except Exception:
             _log.exception("%s failed", method)
@@ -150,7 +151,12 @@ class Coordinator:
         self._journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
         durability = Durability(self._journal, StateFiles(storage.root), resolve, self._fenced)
         plane = ControlPlane(
-            self._groups, self._catalog, self._config, durability=durability, meter=RayMeter()
+            self._groups,
+            self._catalog,
+            self._config,
+            durability=durability,
+            name_of=tenant_names(self._config),
+            meter=RayMeter(),
         )
         await plane.start()
         self._plane = plane
@@ -158,7 +164,7 @@ class Coordinator:
 
 
 def _relevant(config: Config) -> Mapping[str, Any]:
-    return config.model_dump(include={"models", "storage", "limits"})
+    return config.model_dump(include={"models": True, "storage": True, "limits": True, "auth": {"mode"}})
 
 
 def find_or_create(config: Config, engine: str = ENGINE) -> Any:

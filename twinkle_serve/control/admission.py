@@ -5,6 +5,7 @@ Knows how many sequences are being decoded. Does not know prompts or adapters.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 S = TypeVar("S")
@@ -34,6 +35,9 @@ class SampleQueue(Generic[S]):
         turn = list(self._tenants).index(tenant)
         return sum(min(len(q), place - (i > turn)) for i, q in enumerate(self._tenants.values()))
 
+    def has(self, tenant: str, request_id: str) -> bool:
+        return request_id in self._tenants.get(tenant, ())
+
     def push(self, tenant: str, request_id: str, num_sequences: int, sample: S) -> None:
         self._tenants.setdefault(tenant, {})[request_id] = (num_sequences, sample)
 
@@ -45,24 +49,22 @@ class SampleQueue(Generic[S]):
             del self._tenants[tenant]
         return None if item is None else item[1]
 
-    def take(self, num_active: int) -> list[S]:
+    def take(self, num_active: int, must_wait: Callable[[str], object] = lambda tenant: False) -> Iterator[S]:
         """Admit samples, one of each tenant in turn, while there is room beside ``num_active`` sequences.
-        A request larger than the whole room goes when nothing is active."""
-        taken: list[S] = []
-        while self._tenants:
-            tenant = next(iter(self._tenants))
+        A request larger than the whole room goes when nothing is active. Tenants that must wait are passed
+        over and keep their turn; they are asked about again after each sample."""
+        while tenant := next((name for name in self._tenants if not must_wait(name)), None):
             queue = self._tenants[tenant]
             request_id = next(iter(queue))
             num_sequences, sample = queue[request_id]
             if num_active and num_active + num_sequences > self._max_sequences:
                 break
             num_active += num_sequences
-            taken.append(sample)
             del queue[request_id]
             del self._tenants[tenant]
             if queue:
                 self._tenants[tenant] = queue
-        return taken
+            yield sample
 
     def drain(self) -> list[S]:
         """Empty the queue; all that waited."""

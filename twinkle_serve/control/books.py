@@ -14,6 +14,7 @@ from twinkle_serve.control.checkpoints import Checkpoints
 from twinkle_serve.control.clock import Clock
 from twinkle_serve.control.metrics import Meter
 from twinkle_serve.control.promises import PromiseTable, random_token
+from twinkle_serve.control.quotas import Quotas, own_name
 from twinkle_serve.control.runs import Runs
 from twinkle_serve.control.samplers import Samplers
 from twinkle_serve.control.sessions import Sessions
@@ -33,6 +34,7 @@ class Books:
     samplers: Samplers
     checkpoints: Checkpoints
     watch: Watch
+    quotas: Quotas
 
     def fail(self, request_id: str, failure: Failure) -> None:
         self.promises.fail(request_id, failure, self.clock.now())
@@ -63,17 +65,16 @@ def open_books(
     gap_timeout_s: float,
     new_token: Callable[[], str] = random_token,
     meter: Meter | None = None,
+    name_of: Callable[[str], str] = own_name,
 ) -> Books:
     """Books with everything in them that the catalogue remembers."""
-    books = Books(
-        clock,
-        PromiseTable(limits.result_retention_s, new_token),
-        Sessions(limits.session_expiry_s, catalog.put_session, new_token),
-        Runs(gap_timeout_s, catalog.put_run),
-        Samplers(limits.sampler_snapshots_per_run, catalog.put_sampler),
-        Checkpoints(catalog),
-        Watch(clock, meter),
-    )
+    promises = PromiseTable(limits.result_retention_s, new_token)
+    sessions = Sessions(limits.session_expiry_s, catalog.put_session, new_token)
+    runs = Runs(gap_timeout_s, catalog.put_run)
+    samplers = Samplers(limits.sampler_snapshots_per_run, catalog.put_sampler)
+    checkpoints = Checkpoints(catalog)
+    quotas = Quotas(limits, clock, promises, sessions, runs, checkpoints, name_of)
+    books = Books(clock, promises, sessions, runs, samplers, checkpoints, Watch(clock, meter), quotas)
     contents = catalog.load_all()
     for session in contents.sessions:
         books.sessions.restore(session, clock.now())

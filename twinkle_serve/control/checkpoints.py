@@ -47,6 +47,7 @@ class Checkpoints:
         self._records: dict[Key, CheckpointRecord] = {}
         self._by_run: dict[str, dict[Key, None]] = {}
         self._by_tenant: dict[str, dict[Key, None]] = {}
+        self._num_bytes: Counter[str] = Counter()  # by tenant
         self._saving: Counter[Key] = Counter()
         self._pins: Counter[str] = Counter()
         self._doomed: set[str] = set()
@@ -60,6 +61,7 @@ class Checkpoints:
         ):
             index.pop(key, None)
             index[key] = None
+        self._num_bytes[record.tenant] += record.size_bytes - self._size(key)
         self._records[key] = record
         if record.expires_at is not None:
             heapq.heappush(self._expiry, (record.expires_at, key))
@@ -126,6 +128,10 @@ class Checkpoints:
         """Newest first."""
         return [self._records[key] for key in reversed(self._by_tenant.get(tenant, {}))]
 
+    def bytes_of(self, tenant: str) -> int:
+        """The size of all that is listed for the tenant."""
+        return self._num_bytes[tenant]
+
     def files(self, record: CheckpointRecord) -> dict[str, str]:
         """Each file's name within the checkpoint to its absolute path."""
         directory = Path(record.directory).absolute()
@@ -158,6 +164,7 @@ class Checkpoints:
     def delete(self, record: CheckpointRecord) -> None:
         """Take it out of the list at once; its files go when nobody reads them."""
         key = key_of(record)
+        self._num_bytes[record.tenant] -= self._size(key)
         del self._records[key]
         del self._by_run[record.run_id][key]
         del self._by_tenant[record.tenant][key]
@@ -174,6 +181,10 @@ class Checkpoints:
             record = self._records.get(key)
             if record is not None and record.expires_at == expires_at:
                 self.delete(record)
+
+    def _size(self, key: Key) -> int:
+        record = self._records.get(key)
+        return 0 if record is None else record.size_bytes
 
     def _update(self, record: CheckpointRecord) -> None:
         self._records[key_of(record)] = record

@@ -20,6 +20,7 @@ from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Planner, Window
+from twinkle_serve.control.quotas import Reason
 from twinkle_serve.control.recovery import corrupt
 from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
@@ -64,6 +65,7 @@ class GroupDriver:
             company_wait_s=0.0 if config.deterministic else config.planner.company_wait_ms / 1000,
             weight=weight,
             blocked=self._must_wait,
+            spend=books.quotas.spend,
         )
         self._assembler = Assembler(
             self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic, keeper
@@ -120,6 +122,10 @@ class GroupDriver:
         elif request_id in self._flights:
             self._cancels.append(request_id)
         self._event.set()
+
+    def too_fast(self, tenant: str, request_id: str) -> Reason | None:
+        """Why a sample waits that may not be admitted yet for its tenant's rate."""
+        return self.books.quotas.too_fast(tenant) if self._queue.has(tenant, request_id) else None
 
     def wake(self) -> None:
         """Something that is no command needs a tick (a snapshot to drop)."""
@@ -212,13 +218,14 @@ class GroupDriver:
             await self._wait(self._next_look(window))
 
     def _assemble(self, window: Window, assembly: Assembly) -> Tick | None:
-        admitted = self._queue.take(self._num_sequences)
-        for _, flight in admitted:
+        samples = []
+        for sample, flight in self._queue.take(self._num_sequences, self.books.quotas.too_fast):
+            self.books.quotas.spend(sample.tenant, sample.request.prompt.size)
+            samples.append(sample)
             assembly.flights[flight.request_id] = flight
             self._num_sequences += flight.num_sequences
         self._flights.update(assembly.flights)
         cancels, self._cancels = self._cancels, []
-        samples = [sample for sample, _ in admitted]
         budget = self._decode_budget(window)
         tick = self._assembler.assemble(assembly, window, samples, cancels, budget, bool(self._flights))
         self._flights.update(assembly.flights)
@@ -353,7 +360,10 @@ class GroupDriver:
         """When to plan again even if nothing comes in."""
         if self._flights:  # saves that are being written come with a later tick
             return self.books.clock.now() + _SAVE_POLL_S
-        return window.company_until
+        looks = [window.company_until]
+        if self.planner.has_work or not self._queue.is_empty:
+            looks.append(self.books.quotas.next_refill())
+        return min((look for look in looks if look is not None), default=None)
 
     async def _wait(self, until: float | None) -> None:
         timer = None
@@ -376,7 +386,8 @@ class GroupDriver:
         logger.warning("the group of %s is up again", self.base_model)
 
     def _must_wait(self, entry: RunEntry) -> bool:
-        """A load waits for a save to the same path that is still being written, a new run for a place."""
+        """A load waits for a save to the same path that is still being written, a new run for a place, and
+        what would take its tenant above a limit until it does not."""
         if isinstance(entry.command, BirthCommand) and self.is_full():
             return True
         match entry.command:
@@ -384,7 +395,12 @@ class GroupDriver:
                 if self.books.checkpoints.is_saving(path):
                     return True
         run_id = self.books.promises.run_of(entry.request_id)
-        return run_id is not None and self._suspects.must_wait(run_id)
+        if run_id is None:
+            return False
+        run = self.books.runs.find(run_id)
+        assert run is not None
+        over_limit = self.books.quotas.reason_to_wait(run, entry.command) is not None
+        return over_limit or self._suspects.must_wait(run_id)
 
 
 def _standing(position: int | None, seconds_each: float | None) -> tuple[int, float | None] | None:

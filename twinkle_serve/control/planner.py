@@ -87,13 +87,16 @@ class Planner:
         company_wait_s: float,
         weight: Callable[[str], float] = lambda tenant: 1.0,
         blocked: Callable[[RunEntry], bool] = lambda entry: False,
+        spend: Callable[[str, int], None] = lambda tenant, tokens: None,
     ) -> None:
-        """max_runs: runs in one tick, i.e. slots. blocked: whether a command must not start yet."""
+        """max_runs: runs in one tick, i.e. slots. blocked: whether a command must not start yet. spend: told
+        of each command that does, by tenant and tokens."""
         self._tick_tokens = tick_tokens
         self._max_runs = max_runs
         self._company_wait_s = company_wait_s
         self._weight = weight
         self._blocked = blocked
+        self._spend = spend
         self._tenants: dict[str, _Tenant] = {}
         self._queued: dict[str, CommandLog[RunCommand]] = {}
         self._running: dict[str, tuple[str, CommandLog[RunCommand]]] = {}
@@ -237,6 +240,7 @@ class Planner:
         fill.num_tokens += cost
         fill.tokens_left -= cost
         self._charge(tenant, charge)
+        self._spend(tenant.name, cost)
         return True
 
     def _charge(self, tenant: _Tenant, charge: float) -> None:

@@ -34,6 +34,18 @@ class Promise:
     poll: Poll = _PENDING
     progress: list[Any] = field(default_factory=list)
     waiters: dict[int, Waiter] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Pending:
+    """What of one tenant's has no result yet."""
+
+    requests: int = 0
+    num_bytes: int = 0
+
+
+_NOTHING = Pending()
 
 
 class PromiseTable:
@@ -46,25 +58,25 @@ class PromiseTable:
         self._promises: dict[str, Promise] = {}
         self._settled: deque[tuple[float, str]] = deque()
         self._num_waiters = 0
+        self._pending: dict[str, Pending] = {}
         self.num_pending = 0
 
     def __len__(self) -> int:
         return len(self._promises)
 
-    def open(self, tenant: str, origin: Hashable, sampling: bool = False) -> str:
-        """A new pending promise. The id cannot be guessed, and its prefix tells sampling from training
-        even when the promise itself is long forgotten."""
+    def open(self, tenant: str, origin: Hashable, sampling: bool = False, num_bytes: int = 0) -> str:
+        """A new pending promise for a request that holds ``num_bytes`` until it is settled. The id cannot
+        be guessed, and its prefix tells sampling from training even when the promise is long forgotten."""
         request_id = f"{SAMPLING_ID_PREFIX if sampling else TRAINING_ID_PREFIX}{self._new_token()}"
-        assert request_id not in self._promises
-        self._promises[request_id] = Promise(request_id, tenant, origin)
-        self.num_pending += 1
+        self._add(Promise(request_id, tenant, origin, num_bytes=num_bytes))
         return request_id
 
     def reopen(self, request_id: str, tenant: str, origin: Hashable) -> None:
         """A promise of an earlier life of this server, pending again under its old id."""
-        assert request_id not in self._promises
-        self._promises[request_id] = Promise(request_id, tenant, origin)
-        self.num_pending += 1
+        self._add(Promise(request_id, tenant, origin))
+
+    def pending_of(self, tenant: str) -> Pending:
+        return self._pending.get(tenant, _NOTHING)
 
     def settled(self, request_id: str) -> Poll | None:
         """What it was settled with, whoever owns it; None if it is pending or forgotten."""
@@ -110,7 +122,7 @@ class PromiseTable:
         promise = self._promises.get(request_id)
         if promise is not None and promise.poll.state == "pending":
             del self._promises[request_id]
-            self.num_pending -= 1
+            self._no_longer_pending(promise)
             self._wake(promise)
 
     def advance(self, request_id: str, news: Iterable[Any]) -> None:
@@ -142,6 +154,22 @@ class PromiseTable:
             origins.append(self._promises.pop(request_id).origin)
         return origins
 
+    def _add(self, promise: Promise) -> None:
+        assert promise.request_id not in self._promises
+        self._promises[promise.request_id] = promise
+        self.num_pending += 1
+        pending = self._pending.setdefault(promise.tenant, Pending())
+        pending.requests += 1
+        pending.num_bytes += promise.num_bytes
+
+    def _no_longer_pending(self, promise: Promise) -> None:
+        self.num_pending -= 1
+        pending = self._pending[promise.tenant]
+        pending.requests -= 1
+        pending.num_bytes -= promise.num_bytes
+        if not pending.requests:
+            del self._pending[promise.tenant]
+
     def _settle(self, request_id: str, poll: Poll, now: float) -> None:
         # The first answer stands: a cancelled sample may still come in, a lost tick may still report.
         promise = self._promises.get(request_id)
@@ -149,7 +177,7 @@ class PromiseTable:
             return
         promise.poll = poll
         promise.progress = []
-        self.num_pending -= 1
+        self._no_longer_pending(promise)
         self._settled.append((now, request_id))
         self._wake(promise)
 

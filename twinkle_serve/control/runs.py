@@ -14,6 +14,7 @@ from twinkle_serve.control.log import CommandLog
 from twinkle_serve.protocol.work import Failure
 from twinkle_serve.storage.records import RunRecord
 
+_UNBORN = Failure("the run's adapter is not made yet", "server")
 # Persisting every request's time would put the disk on the path of each; a listing can be a minute off.
 _SAVE_EVERY_S = 60.0
 
@@ -35,6 +36,11 @@ class Run:
     def tenant(self) -> str:
         return self.record.tenant
 
+    @property
+    def wants_adapter(self) -> bool:
+        """It has one, or waits for its first."""
+        return self.down in (None, _UNBORN) and not self.record.unloaded
+
 
 def run_id_for(session_id: str, model_seq_id: int) -> str:
     """Part of the protocol: the SDK computes it by itself."""
@@ -51,7 +57,7 @@ class Runs:
         self._by_tenant: dict[str, list[str]] = {}
 
     def create(self, record: RunRecord) -> Run:
-        run = self._add(record, Failure("the run's adapter is not made yet", "server"), 1)
+        run = self._add(record, _UNBORN, 1)
         self.save(run)
         return run
 

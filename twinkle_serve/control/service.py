@@ -28,6 +28,7 @@ from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.metrics import Meter
 from twinkle_serve.control.on_record import OnRecord
 from twinkle_serve.control.promises import random_token
+from twinkle_serve.control.quotas import Reason, own_name
 from twinkle_serve.control.runs import Run, run_id_for
 from twinkle_serve.control.samplers import sampler_id_for
 from twinkle_serve.control.sampling import Sampling
@@ -58,19 +59,21 @@ class ControlPlane(OnRecord):
         config: Config,
         clock: Clock | None = None,
         *,
-        weight: Callable[[str], float] = lambda tenant: 1.0,
         recover: Recover = fail_in_flight,
         new_token: Callable[[], str] = random_token,
         durability: Durability | None = None,
         meter: Meter | None = None,
+        name_of: Callable[[str], str] = own_name,
     ) -> None:
-        """groups: by base model name, each loaded. weight: a tenant's share. recover: what to do about the
-        requests and runs of a group that died. new_token: where unguessable ids come from. durability: with
-        it nothing accepted is lost, and ``recover`` is not asked. meter: where numbers for operators go."""
+        """groups: by base model name, each loaded. recover: what to do about the requests and runs of a group
+        that died. new_token: where unguessable ids come from. durability: with it nothing accepted is lost,
+        and ``recover`` is not asked. meter: where numbers for operators go. name_of: see Quotas."""
         self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
-        super().__init__(open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token, meter))
+        super().__init__(
+            open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token, meter, name_of)
+        )
         self._keeper: Keeper | None = None
         if durability is not None:
             retention_s = config.limits.result_retention_s
@@ -80,7 +83,9 @@ class ControlPlane(OnRecord):
             recover = self._replay
         models = {model.name: model for model in config.models}
         self._drivers = {
-            name: GroupDriver(group, self._books, models[name], weight, recover, self._keeper)
+            name: GroupDriver(
+                group, self._books, models[name], self._books.quotas.weight, recover, self._keeper
+            )
             for name, group in groups.items()
         }
         self._sampling = Sampling(
@@ -222,6 +227,7 @@ class ControlPlane(OnRecord):
             run.log = run.log.restarted(1)
             return await self._bear(session, run, birth)
         self._check_room()
+        self._books.quotas.check_room(tenant)
         record = RunRecord(
             run_id, session_id, model_seq_id, tenant, base_model, spec, now, now, text_values(user_metadata)
         )
@@ -251,9 +257,12 @@ class ControlPlane(OnRecord):
         if run.record.corrupted:
             return self._failed(tenant, run.down)  # its log may lack what others wait for
         driver = self._driver(run.record.base_model)
+        num_bytes = len(command.datums) if isinstance(command, PassCommand) else 0
         self._check_room()
+        if seq_id is None or seq_id != run.log.missing:  # what others wait for makes room
+            self._books.quotas.check_room(tenant, num_bytes)
         self._check_parked(run, seq_id)
-        request_id = self._open(tenant, ("run", run_id, seq_id))
+        request_id = self._open(tenant, ("run", run_id, seq_id), num_bytes=num_bytes)
         if self._keeper is not None:
             number = run.log.next_number if seq_id is None else seq_id
             self._keeper.accept(run, number, request_id, command, numbered=seq_id is not None)
@@ -397,6 +406,9 @@ class ControlPlane(OnRecord):
         if any(driver.lost is not None for driver in self._drivers.values()):
             return replace(poll, queue_state="paused_capacity", queue_reason=_RECOVERING)
         origin = self._books.promises.origin(request_id)
+        limit = self._over_limit(tenant, request_id, origin)
+        if limit is not None:
+            return replace(poll, queue_state=limit[0], queue_reason=limit[1])
         is_birth = isinstance(origin, tuple) and origin[0] == "run" and origin[2] == 0
         if is_birth and any(driver.is_full() for driver in self._drivers.values()):
             return replace(poll, queue_state="paused_capacity", queue_reason=_FULL)
@@ -417,6 +429,18 @@ class ControlPlane(OnRecord):
         else:
             standings = [driver.sample_standing(tenant, request_id) for driver in self._drivers.values()]
         return next((in_words(*standing) for standing in standings if standing is not None), None)
+
+    def _over_limit(self, tenant: str, request_id: str, origin: Any) -> Reason | None:
+        """What the tenant uses so much of that the request, or one before it in its run, has to wait."""
+        if not isinstance(origin, tuple):
+            return None
+        if origin[0] != "run":
+            found = (driver.too_fast(tenant, request_id) for driver in self._drivers.values())
+            return next(filter(None, found), None)
+        run = self._books.runs.find(origin[1])
+        if run is None or not run.log.ready:
+            return None
+        return self._books.quotas.reason_to_wait(run, run.log.ready[0].command)
 
     def gauges(self) -> Mapping[str, Mapping[str, float]]:
         """By base model: what its group holds. Names as in GroupDriver.gauges and TickReport.gauges."""
@@ -444,10 +468,14 @@ class ControlPlane(OnRecord):
             raise NotFound(f"base model {base_model!r} is not served here; there is: {served}")
         return driver
 
-    def _open(self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False) -> str:
+    def _open(
+        self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False, num_bytes: int = 0
+    ) -> str:
         if self._closing:
             raise BackendUnavailable(_STOPPING.message)
-        request_id = self._books.promises.open(tenant, origin, sampling)
+        if sampling:
+            self._books.quotas.check_room(tenant)
+        request_id = self._books.promises.open(tenant, origin, sampling, num_bytes)
         self._books.watch.accepted(request_id, tenant, origin)
         return request_id
 
@@ -469,6 +497,9 @@ class ControlPlane(OnRecord):
             for run_id in self._books.sessions.runs_of(session_id):
                 self._park(run_id)
         self._sampling.sweep()
+        for driver in self._drivers.values():
+            if driver.planner.has_work:
+                driver.wake()  # what waits for room may have got some
         if self._keeper is not None:
             self._keeper.sweep()
             for driver in self._drivers.values():

@@ -66,6 +66,10 @@ class Sessions:
     def num_active(self) -> int:
         return len(self._active)
 
+    def is_active(self, session_id: str) -> bool:
+        """Whether its client is there, as far as anybody knows."""
+        return session_id in self._active
+
     def runs_of(self, session_id: str) -> list[str]:
         return [run_id for run_id, _ in self._sessions[session_id].models.values()]
 

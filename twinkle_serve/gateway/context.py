@@ -5,18 +5,21 @@ Knows how to reach them from a request. Keeps no state that another replica woul
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from twinkle_serve.config import Config
+from twinkle_serve.config import Config, TenantLimits
 from twinkle_serve.control.backend import Backend
-from twinkle_serve.gateway.http import read_body, read_object
+from twinkle_serve.gateway.doors import Doors, Visit
+from twinkle_serve.gateway.http import expected_bytes, read_body
 from twinkle_serve.gateway.identity import Identity
 from twinkle_serve.gateway.links import Links
 from twinkle_serve.protocol.batch import DatumLimits
+from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.sample import SampleLimits
 from twinkle_serve.protocol.work import ModelInfo
 
@@ -40,6 +43,7 @@ class Gateway:
     resolve: Callable[[Any], Awaitable[Any]] = itself
     # The model behind a run or a sampler never changes, and its limits are needed for every request.
     models: dict[tuple[str, str], ModelInfo] = field(default_factory=dict)
+    doors: Doors = field(default_factory=Doors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +54,34 @@ class Call:
     backend: Backend
     tenant: str
     name: str
+    limits: TenantLimits
+    visit: Visit
+
+    @property
+    def max_body_bytes(self) -> int:
+        most = self.gateway.config.http.max_body_bytes
+        return most if self.limits.body_bytes is None else min(most, self.limits.body_bytes)
 
     async def body(self, request: Request) -> bytes:
-        return await read_body(request, self.gateway.config.http.max_body_bytes)
+        """Raises BodyTooLarge, MalformedBody. Stands in line while the tenant's other bodies are too many."""
+        await self.visit.hold(expected_bytes(request, self.max_body_bytes))
+        return await read_body(request, self.max_body_bytes)
 
     async def object(self, request: Request) -> dict[str, Any]:
-        return await read_object(request, self.gateway.config.http.max_body_bytes)
+        """The JSON object in the body; {} when there is none. Raises as ``body``."""
+        return parse_object(await self.body(request))
 
     async def datum_limits(self, run_id: str) -> DatumLimits:
         """Raises NotFound."""
         model = self._known(run_id)
         if model is None:
             model = self._remember(run_id, (await self.backend.run_info(self.tenant, run_id)).model)
-        limits = self.gateway.config.limits
+        most = self.gateway.config.limits.max_datums_per_request
         return DatumLimits(
             model.vocab_size,
-            model.max_context_length,
-            limits.max_datums_per_request,
-            self.gateway.config.http.max_body_bytes // 8,
+            self._max_length(model),
+            most if self.limits.datums is None else min(most, self.limits.datums),
+            self.max_body_bytes // 8,
         )
 
     async def sample_limits(self, sampler_id: str) -> SampleLimits:
@@ -76,12 +90,18 @@ class Call:
         if model is None:
             info = await self.backend.sampler_info(self.tenant, sampler_id)
             model = self._remember(sampler_id, info["model"])
+        return self.limits_of(model)
+
+    def limits_of(self, model: ModelInfo) -> SampleLimits:
         return SampleLimits(
             model.vocab_size,
-            model.max_context_length,
+            self._max_length(model),
             model.eos_token_ids,
             self.gateway.config.limits.max_num_samples,
         )
+
+    def _max_length(self, model: ModelInfo) -> int:
+        return min(model.max_context_length, self.limits.sequence_tokens or model.max_context_length)
 
     def _known(self, key: str) -> ModelInfo | None:
         return self.gateway.models.get((self.tenant, key))
@@ -99,11 +119,14 @@ def gateway_of(request: Request) -> Gateway:
     return gateway
 
 
-async def authenticate(request: Request) -> Call:
-    """Raises Unauthorized or BackendUnavailable."""
+async def authenticate(request: Request) -> AsyncIterator[Call]:
+    """Raises Unauthorized, Busy or BackendUnavailable."""
     gateway = gateway_of(request)
     caller = await gateway.identity.identify(request.headers)
-    return Call(gateway, gateway.backend_provider(), caller.tenant, caller.name)
+    limits = gateway.config.limits.of(caller.tenant, caller.name)
+    with gateway.doors.visit(caller.tenant, limits) as visit:
+        yield Call(gateway, gateway.backend_provider(), caller.tenant, caller.name, limits, visit)
 
 
+authenticated = asynccontextmanager(authenticate)
 Authenticated = Annotated[Call, Depends(authenticate)]

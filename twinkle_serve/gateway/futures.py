@@ -15,9 +15,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, Poll
-from twinkle_serve.gateway.context import Call, authenticate
+from twinkle_serve.gateway.context import Call, authenticated
 from twinkle_serve.gateway.http import describes, refusal, reply
-from twinkle_serve.protocol.errors import Absent, BackendUnavailable, Lost, WireError
+from twinkle_serve.protocol.errors import Absent, BackendUnavailable, Busy, Lost, WireError
 from twinkle_serve.protocol.requests import RequestId
 from twinkle_serve.protocol.results import encode_result
 from twinkle_serve.protocol.work import Failure
@@ -36,11 +36,14 @@ async def retrieve_future(request: Request) -> Response:
     """Protobuf or JSON, told by Accept. Never a 5xx, which the SDK would repeat without a pause."""
     request_id = ""
     try:
-        call = await authenticate(request)
-        body = await call.object(request)
-        given = body.get("request_id")
-        request_id = given if isinstance(given, str) else ""
-        return await _poll(call, request_id, request.headers)
+        async with authenticated(request) as call:
+            body = await call.object(request)
+            given = body.get("request_id")
+            request_id = given if isinstance(given, str) else ""
+            return await _poll(call, request_id, request.headers)
+    except Busy as error:
+        await asyncio.sleep(UNAVAILABLE_WAIT_S)
+        return _try_again(request_id, error.queue_state, str(error))
     except BackendUnavailable as error:
         await asyncio.sleep(UNAVAILABLE_WAIT_S)
         return _try_again(request_id, "active", str(error))

@@ -12,8 +12,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from twinkle_serve.control.backend import Invalid, NotFound
-from twinkle_serve.protocol.bodies import decompress, parse_object
-from twinkle_serve.protocol.errors import BodyTooLarge, UserError, WireError
+from twinkle_serve.protocol.bodies import decompress
+from twinkle_serve.protocol.errors import BodyTooLarge, Busy, UserError, WireError
 from twinkle_serve.protocol.requests import Lenient
 from twinkle_serve.protocol.results import JSON, dump
 
@@ -48,9 +48,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return decompress(body, request.headers.get("content-encoding"), max_bytes)
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the body; {} when there is none. Raises MalformedBody, BodyTooLarge."""
-    return parse_object(await read_body(request, max_bytes))
+def expected_bytes(request: Request, max_bytes: int) -> int:
+    """How much memory the body may take once it is read; the worst where that is not said."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and request.headers.get("content-encoding", "identity") == "identity":
+        return min(int(announced), max_bytes)
+    bodyless = "transfer-encoding" not in request.headers and announced in ("", "0")
+    return 0 if bodyless else max_bytes
 
 
 def describes(*models: type[Lenient]) -> dict[str, Any]:
@@ -85,6 +89,13 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, WireError)
         return refusal(error.status, str(error))
 
+    async def busy(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Busy)
+        why = {"queue_state": error.queue_state, "queue_state_reason": str(error)}
+        answer = reply({"detail": str(error), **why}, error.status)
+        answer.headers["Retry-After"] = "1"
+        return answer
+
     async def bad_request(request: Request, error: Exception) -> Response:
         return refusal(400, str(error))
 
@@ -100,6 +111,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return refusal(500, "internal error; the server's log says more")
 
     app.add_exception_handler(WireError, wire_error)
+    app.add_exception_handler(Busy, busy)
     app.add_exception_handler(UserError, bad_request)
     app.add_exception_handler(Invalid, bad_request)
     app.add_exception_handler(NotFound, not_found)

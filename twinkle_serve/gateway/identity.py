@@ -20,6 +20,7 @@ from twinkle_serve.config import Config
 from twinkle_serve.hub.users import HubAway, HubUsers
 from twinkle_serve.protocol.errors import BackendUnavailable, Unauthorized
 from twinkle_serve.storage.keys import PREFIX, KeyStore
+from twinkle_serve.tenants import tenant_of_user
 
 _NO_KEY = "no API key: send it as X-API-Key or as Authorization: Bearer"
 # A revoked key stops working within this time.
@@ -156,7 +157,7 @@ def check_modelscope_token(users: HubUsers) -> KeyCheck:
             raise BackendUnavailable("ModelScope does not answer; your token could not be checked") from None
         if user is None:
             return None
-        return Caller("ms-" + hashlib.sha256(user.encode()).hexdigest()[:16], user)
+        return Caller(tenant_of_user(user), user)
 
     return check
 

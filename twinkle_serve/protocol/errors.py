@@ -9,6 +9,7 @@ WireError                            status        what the SDK does with it
 ├── Absent                           404           NotFoundError at once; on a poll ValueError
 ├── Lost                             410           on a sampling poll: the sample is submitted again
 ├── Expired                          410           on a heartbeat: stops sending heartbeats
+├── Busy                             429           tried again: samples for ever, the rest for five minutes
 └── BackendUnavailable               503           retried with backoff for five minutes; a poll says 408
 
 UserError                            200 + future  RequestFailedError(category="user") from the future; never
@@ -23,6 +24,7 @@ __all__ = [
     "Absent",
     "BackendUnavailable",
     "BodyTooLarge",
+    "Busy",
     "Expired",
     "Lost",
     "MalformedBody",
@@ -32,9 +34,12 @@ __all__ = [
 ]
 
 
+RATE, CAPACITY = "paused_rate_limit", "paused_capacity"
+
+
 class WireError(Exception):
-    """Answered at once with ``status`` and ``{"detail": message}``. 402, 409, 429 and 501 are not here:
-    the SDK waits or retries on them for minutes."""
+    """Answered at once with ``status`` and ``{"detail": message}``. 402, 409 and 501 are not here: the SDK
+    waits or retries on them for minutes, and nothing gets better."""
 
     status: int
 
@@ -73,6 +78,17 @@ class Expired(WireError):
     """A session that is over."""
 
     status = 410
+
+
+class Busy(WireError):
+    """The caller uses all that it may use at once: not accepted, to be sent again. ``queue_state``: RATE or
+    CAPACITY, what the SDK calls the reason for a wait."""
+
+    status = 429
+
+    def __init__(self, message: str, queue_state: str = RATE) -> None:
+        super().__init__(message)
+        self.queue_state = queue_state
 
 
 class BackendUnavailable(WireError):

@@ -64,7 +64,7 @@ async def _answer(
     shape: Shape,
     prompts: Sequence[Sequence[int]],
 ) -> Response:
-    limits = target.limits(call.gateway.config)
+    limits = call.limits_of(target.info)
     requests = [body.sample(prompt, limits) for prompt in prompts]
 
     def answer(request_id: str) -> Answer:

@@ -24,7 +24,6 @@ from twinkle_serve.gateway.http import reply
 from twinkle_serve.gateway.openai.tokenizer import ModelText
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.paths import parse_path
-from twinkle_serve.protocol.sample import SampleLimits
 from twinkle_serve.protocol.work import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -42,12 +41,6 @@ class Target:
     name: str
     info: ModelInfo
     path: str | None
-
-    def limits(self, config: Config) -> SampleLimits:
-        info = self.info
-        return SampleLimits(
-            info.vocab_size, info.max_context_length, info.eos_token_ids, config.limits.max_num_samples
-        )
 
 
 async def find(call: Call, name: str) -> Target:
