@@ -64,13 +64,23 @@ def _as_bound(config: Config) -> Config:
 def ingress_app(config: Config) -> Any:
     """What one ingress replica runs: the gateway in front of the coordinator."""
     from twinkle_serve.cluster.client import CoordinatorClient, resolve
+    from twinkle_serve.cluster.metrics import RayMeter
     from twinkle_serve.cluster.serve_binding import bind_to_node_address
+    from twinkle_serve.cluster.tracing import span_exporter
     from twinkle_serve.gateway.app import create_app
+    from twinkle_serve.logs import configure_logs
     from twinkle_serve.storage.secret import shared_secret
 
     bind_to_node_address()
+    configure_logs(config.monitoring, "ingress")
     client = CoordinatorClient(config)
-    secret = shared_secret(config.storage.root)
-    app = create_app(lambda: client.backend, config, resolve=resolve, signing_secret=secret)
+    app = create_app(
+        lambda: client.backend,
+        config,
+        resolve=resolve,
+        signing_secret=shared_secret(config.storage.root),
+        meter=RayMeter(),
+        export_span=span_exporter(config.monitoring.otlp_endpoint, "ingress"),
+    )
     app.router.lifespan_context = client.attached
     return app

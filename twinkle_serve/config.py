@@ -260,11 +260,38 @@ class LimitsConfig(Strict):
 class RayConfig(Strict):
     dashboard: bool = Field(False, description="start Ray's dashboard with `up`")
     dashboard_port: int = Field(8265, ge=1, le=65535)
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="with `up`: port of the Prometheus metrics; null: a free one"
+    )
     orphan_exit_s: float = Field(
         120.0,
         gt=0,
         description="the coordinator and its ranks end when no ingress replica lived so long, seconds",
     )
+
+
+class MonitoringConfig(Strict):
+    log_file: Path | None = Field(
+        None, description="each process of the service appends JSON lines to this file; null: text on stderr"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="of the service's own loggers; DEBUG has a line for each request that succeeds"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="spans go there by OTLP over HTTP, e.g. http://127.0.0.1:4318/v1/traces; null: nowhere",
+    )
+
+
+class ConsoleConfig(Strict):
+    enabled: bool = Field(True, description="serve the web page below /console")
+    operators: list[str] = Field(
+        default_factory=list,
+        description="names of the callers who see the whole service there; with auth.mode open on a loopback "
+        "address everybody does",
+    )
+    session_hours: float = Field(12.0, gt=0, le=720, description="how long a sign-in lasts, hours")
 
 
 class Config(Strict):
@@ -274,6 +301,8 @@ class Config(Strict):
     storage: StorageConfig = StorageConfig()
     limits: LimitsConfig = LimitsConfig()
     ray: RayConfig = RayConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    console: ConsoleConfig = ConsoleConfig()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
@@ -299,7 +328,11 @@ class Config(Strict):
             for model in self.models
         ]
         storage = self.storage.model_copy(update={"root": root})
-        return self.model_copy(update={"models": models, "storage": storage})
+        log_file = self.monitoring.log_file
+        monitoring = self.monitoring.model_copy(
+            update={"log_file": None if log_file is None else base / log_file.expanduser()}
+        )
+        return self.model_copy(update={"models": models, "storage": storage, "monitoring": monitoring})
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

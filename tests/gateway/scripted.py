@@ -41,6 +41,8 @@ class ScriptedBackend:
     checkpoints: list[Mapping[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
+    insight: dict[str, Any] = field(default_factory=dict)
+    cluster: dict[str, Any] = field(default_factory=dict)
     deltas: list[SampleDelta] = field(default_factory=list)
     is_healthy: bool = True
     error: Exception | None = None
@@ -204,6 +206,26 @@ class ScriptedBackend:
         if self.deltas[after:]:
             return Poll("pending", value=tuple(self.deltas[after:]))
         return await self.poll(tenant, request_id, timeout_s)
+
+    async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
+        self._note("run_insight", tenant, run_id)
+        self._owned(tenant, run_id)
+        return self.insight
+
+    async def report_metrics(
+        self, tenant: str, run_id: str, step: float, values: Mapping[str, float]
+    ) -> None:
+        self._note("report_metrics", tenant, run_id, step, values)
+        self._owned(tenant, run_id)
+
+    async def session_trace(self, tenant: str, session_id: str) -> Mapping[str, Any]:
+        self._note("session_trace", tenant, session_id)
+        self._owned(tenant, session_id)
+        return {"traceEvents": [{"name": "passes"}]}
+
+    async def cluster_view(self) -> Mapping[str, Any]:
+        self._note("cluster_view")
+        return self.cluster
 
     # management -----------------------------------------------------------------------------------
 

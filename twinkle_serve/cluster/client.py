@@ -20,6 +20,7 @@ from twinkle_serve.cluster import coordinator
 from twinkle_serve.cluster.objects import resolve
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
+from twinkle_serve.control.spans import TRACE_PARENT
 from twinkle_serve.protocol.errors import BackendUnavailable
 
 __all__ = ["CoordinatorClient", "resolve"]
@@ -75,7 +76,7 @@ class CoordinatorClient:
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            reply = await self._handle.call.remote(method, arguments)
+            reply = await self._handle.call.remote(method, arguments, TRACE_PARENT.get())
         except RayTaskError:
             raise RuntimeError(f"the coordinator failed in {method}") from None
         except RayError as error:

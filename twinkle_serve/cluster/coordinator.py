@@ -19,12 +19,15 @@ import ray
 from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
 from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.cluster.objects import resolve
+from twinkle_serve.cluster.tracing import span_exporter
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
+from twinkle_serve.control.spans import TRACE_PARENT
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 from twinkle_serve.storage.catalog import Catalog
+from twinkle_serve.logs import configure_logs
 from twinkle_serve.storage.journal import Journal
 from twinkle_serve.storage.states import StateFiles
 from twinkle_serve.tenants import tenant_names
@@ -59,6 +62,7 @@ class Coordinator:
     """One per deployment. Every method is a coroutine in the actor's one event loop."""
 
     def __init__(self, config: Config, engine: str = ENGINE) -> None:
+        configure_logs(config.monitoring, "coordinator")
         self._config = config
         self._groups = {model.name: RayGroup(model, engine) for model in config.models}
         self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
@@ -69,10 +73,11 @@ class Coordinator:
         self._pinged_at = time.monotonic()
         self._failed_at = 0.0
 
-    async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    async def call(self, method: str, arguments: tuple[Any, ...], trace_parent: str | None = None) -> Any:
         """One Backend method. Returns its result, or a Refusal: an exception would reach the caller with
-        a traceback for its message."""
+        a traceback for its message. trace_parent: of the HTTP request behind this."""
         assert method in METHODS, method
+        TRACE_PARENT.set(trace_parent)
         self._live()
         if self._plane is None:
             return Refusal(None, self._status.message)
@@ -158,6 +163,7 @@ class Coordinator:
             name_of=tenant_names(self._config),
             meter=RayMeter(),
         )
+        plane.watch.spans.export = span_exporter(self._config.monitoring.otlp_endpoint, "coordinator")
         await plane.start()
         self._plane = plane
         self._status = Status("ready", "ready")

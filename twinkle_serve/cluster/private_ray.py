@@ -54,6 +54,7 @@ def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
             namespace=namespace,
             include_dashboard=config.dashboard,
             dashboard_port=config.dashboard_port,
+            _metrics_export_port=config.metrics_port,
             logging_level="warning",
             _temp_dir=str(scratch),
         )

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 import ray
 
+from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.cluster.rank_environment import free_address, prepare_environment
+from twinkle_serve.cluster.rank_memory import RankMemory
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.watch import summary_of
 from twinkle_serve.engine.pulse import PULSE
@@ -74,8 +76,14 @@ class RankWorker:
         self._rank = rank
         self._factory = engine
         self._engine: Engine | None = None
+        self._memory: RankMemory | None = None
         self._tick_id = 0
         self._thread = 0
+
+    def _report_memory(self) -> None:
+        if self._memory is None:
+            self._memory = RankMemory(RayMeter(), self._config.name, self._rank)
+        self._memory.report()
 
     def __repr__(self) -> str:
         """How Ray's logs and dashboard call this actor."""
@@ -94,6 +102,7 @@ class RankWorker:
         if not engine.probe():
             raise RuntimeError("the model is loaded but cannot step")
         self._engine = engine
+        self._report_memory()
         return engine.info
 
     def close(self) -> None:
@@ -123,6 +132,7 @@ class RankWorker:
         self._thread = threading.get_ident()
         PULSE.enter("start")
         self._tick_id = tick.tick_id
+        self._report_memory()
         for item in self._engine.run(tick):
             PULSE.beat()
             if self._rank > 0:

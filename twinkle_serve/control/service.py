@@ -34,6 +34,7 @@ from twinkle_serve.control.samplers import sampler_id_for
 from twinkle_serve.control.sampling import Sampling
 from twinkle_serve.control.sessions import Session
 from twinkle_serve.control.views import text_values
+from twinkle_serve.control.watch import Watch
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
 from twinkle_serve.protocol.work import Failure, ModelInfo
@@ -94,6 +95,10 @@ class ControlPlane(OnRecord):
         self._gap_timers: dict[str, Timer] = {}
         self._sweep_timer: Timer | None = None
         self._closing = False
+
+    @property
+    def watch(self) -> Watch:
+        return self._books.watch
 
     async def start(self) -> None:
         if self._keeper is not None:

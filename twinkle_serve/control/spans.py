@@ -19,7 +19,8 @@ TRACE_PARENT: ContextVar[str | None] = ContextVar("trace_parent", default=None)
 @dataclass(frozen=True, slots=True)
 class Span:
     """start, end: POSIX seconds. sessions: whose trace it is part of. track: the line it is drawn on.
-    parent: a W3C traceparent. args: plain values, never keys of users."""
+    args: plain values, never keys of users. parents: W3C traceparents of what this was done for. own: this
+    span's traceparent, where others refer to it."""
 
     name: str
     start: float
@@ -27,7 +28,8 @@ class Span:
     sessions: frozenset[str]
     track: str
     args: Mapping[str, str | float] = field(default_factory=dict)
-    parent: str | None = None
+    parents: tuple[str, ...] = ()
+    own: str | None = None
 
 
 class Spans:

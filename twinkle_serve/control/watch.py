@@ -59,6 +59,7 @@ class _Running:
     sessions: frozenset[str]
     num_runs: int
     tokens: dict[str, int]
+    parents: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -154,9 +155,10 @@ class Watch:
             args["tokens"] = request.tokens
         taken = request.taken_at if request.taken_at is not None else now
         track = f"requests {request.owner}"
-        self.spans.add(Span("waiting", request.accepted_at, taken, sessions, track, args, request.parent))
+        parents = () if request.parent is None else (request.parent,)
+        self.spans.add(Span("waiting", request.accepted_at, taken, sessions, track, args, parents))
         if request.taken_at is not None:
-            self.spans.add(Span(kind, taken, now, sessions, track, args, request.parent))
+            self.spans.add(Span(kind, taken, now, sessions, track, args, parents))
         level = logging.DEBUG if failure is None else logging.INFO
         extra = {
             "tenant": tenant_hash(request.tenant),
@@ -179,7 +181,8 @@ class Watch:
     def tick_began(self, model: str, tick: Tick, window: Window) -> None:
         now = self._clock.now()
         tokens = {"forward": 0, "forward_backward": 0}
-        sessions = set()
+        sessions: set[str] = set()
+        parents: set[str] = set()
         for work in window.work:
             sessions.add(session_of(work.run_id))
             for entry in work.entries:
@@ -191,13 +194,17 @@ class Watch:
                 if request.kind in tokens:
                     tokens[request.kind] += request.tokens
                 self._waited(request, now)
+                parents.update(filter(None, [request.parent]))
         for sample in tick.samples:
             request = self._taken(sample.request_id, sample.tenant, "", model, now)
             request.kind, request.tokens = "sample", len(sample.request.prompt)
             sessions.add(request.session)
             self._waited(request, now)
+            parents.update(filter(None, [request.parent]))
         num_runs = sum(work.has_pass for work in window.work)
-        self._paces[model].running = _Running(tick, now, frozenset(sessions - {""}), num_runs, tokens)
+        self._paces[model].running = _Running(
+            tick, now, frozenset(sessions - {""}), num_runs, tokens, tuple(sorted(parents))
+        )
 
     def tick_ended(self, model: str, report: TickReport) -> None:
         pace = self._paces[model]
@@ -230,13 +237,15 @@ class Watch:
 
     def _trace(self, model: str, running: _Running, report: TickReport) -> None:
         """The phases follow each other in the order in which the report names them."""
-        if not running.sessions:
+        if not running.sessions and not running.parents:
             return
         start = running.started_at
         for phase, value in report.seconds.items():
             if value > 1e-5:
                 args: dict[str, str | float] = {"tick": report.tick_id}
-                self.spans.add(Span(phase, start, start + value, running.sessions, f"ticks {model}", args))
+                track = f"ticks {model}"
+                span = Span(phase, start, start + value, running.sessions, track, args, running.parents)
+                self.spans.add(span)
             start += value
 
     # what it knows --------------------------------------------------------------------------------

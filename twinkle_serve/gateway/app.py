@@ -15,11 +15,15 @@ from fastapi import FastAPI
 from twinkle_serve import __version__
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
+from twinkle_serve.control.metrics import Meter, Silent
+from twinkle_serve.control.spans import Span
 from twinkle_serve.gateway import checkpoints, downloads, futures, runs, sampling, service, sessions, training
 from twinkle_serve.gateway.context import Gateway, itself
 from twinkle_serve.gateway.http import install_error_handlers
 from twinkle_serve.gateway.identity import Identity, create_identity
+from twinkle_serve.gateway.insights import router as insights
 from twinkle_serve.gateway.links import Links
+from twinkle_serve.gateway.observing import Observed
 from twinkle_serve.gateway.openai.app import create_openai_app
 
 PREFIX = "/api/v1"
@@ -32,12 +36,15 @@ def create_app(
     resolve: Callable[[Any], Awaitable[Any]] = itself,
     identity: Identity | None = None,
     signing_secret: bytes | None = None,
+    meter: Meter | None = None,
+    export_span: Callable[[Span], None] | None = None,
 ) -> FastAPI:
     """The application of one ingress replica.
 
     backend_provider: called once per request; may raise BackendUnavailable, as may the backend's methods.
     resolve: turns the value of a finished promise (perhaps a handle) into a protocol.data result.
-    signing_secret: signs download links; all replicas need the same. None: a random one.
+    signing_secret: signs download links and sign-ins; all replicas need the same. None: a random one.
+    meter, export_span: where numbers and spans go. None: nowhere.
     """
     app = FastAPI(title="Twinkle Serve", version=__version__, docs_url="/docs", redoc_url=None)
     gateway = Gateway(
@@ -52,5 +59,7 @@ def create_app(
     # Routes are tried in this order, so what is asked most often comes first.
     for part in (futures, sampling, training, sessions, service, runs, checkpoints, downloads):
         app.include_router(part.router, prefix=PREFIX)
+    app.include_router(insights, prefix=PREFIX)
     app.mount("/v1", create_openai_app(gateway, __version__))
+    app.add_middleware(Observed, meter=meter or Silent(), export=export_span)
     return app

@@ -123,6 +123,7 @@ async def authenticate(request: Request) -> AsyncIterator[Call]:
     """Raises Unauthorized, Busy or BackendUnavailable."""
     gateway = gateway_of(request)
     caller = await gateway.identity.identify(request.headers)
+    request.state.tenant = caller.tenant  # for the log
     limits = gateway.config.limits.of(caller.tenant, caller.name)
     with gateway.doors.visit(caller.tenant, limits) as visit:
         yield Call(gateway, gateway.backend_provider(), caller.tenant, caller.name, limits, visit)
