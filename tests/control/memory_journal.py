@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from twinkle_serve.storage.journal import Fenced, JournalEntry, RunHistory, StoredResult, StoredSnapshot
+from twinkle_serve.storage.journal import Fenced
+from twinkle_serve.storage.journal_rows import JournalEntry, RunHistory, StoredResult, StoredSnapshot
 
 
 class MemoryJournal:

@@ -10,7 +10,7 @@ from twinkle_serve.control.log import CommandLog
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import Failure
-from twinkle_serve.storage.journal import StoredSnapshot
+from twinkle_serve.storage.journal_rows import StoredSnapshot
 from twinkle_serve.storage.records import RunRecord
 
 CONFIG = StorageConfig(snapshot_every_steps=50, snapshot_every_s=60.0, snapshot_replay_s=10.0)

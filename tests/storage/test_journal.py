@@ -16,14 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from twinkle_serve.storage.journal import (
-    Fenced,
-    Journal,
-    JournalEntry,
-    RunHistory,
-    StoredResult,
-    StoredSnapshot,
-)
+from twinkle_serve.storage.journal import Fenced, Journal
+from twinkle_serve.storage.journal_rows import JournalEntry, RunHistory, StoredResult, StoredSnapshot
 
 
 def entry(seq_id: int, run_id: str = "run", payload: bytes | None = None) -> JournalEntry:
@@ -210,7 +204,8 @@ async def test_a_full_disk_delays_and_loses_nothing(tmp_path):
 
 WRITER = """
 import asyncio, sys
-from twinkle_serve.storage.journal import Journal, JournalEntry, StoredSnapshot
+from twinkle_serve.storage.journal import Journal
+from twinkle_serve.storage.journal_rows import JournalEntry, StoredSnapshot
 
 async def main():
     journal = Journal(sys.argv[1])

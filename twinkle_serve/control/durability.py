@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from twinkle_serve.storage.journal import JournalEntry, RunHistory, StoredResult, StoredSnapshot
+from twinkle_serve.storage.journal_rows import JournalEntry, RunHistory, StoredResult, StoredSnapshot
 
 
 class JournalLike(Protocol):

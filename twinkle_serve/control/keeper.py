@@ -29,7 +29,8 @@ from twinkle_serve.control.kept import UNBORN, Kept, due
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.protocol.work import Failure, PersistRun
-from twinkle_serve.storage.journal import GAP, VOID, Fenced, JournalEntry, StoredResult, StoredSnapshot
+from twinkle_serve.storage.journal import Fenced
+from twinkle_serve.storage.journal_rows import GAP, VOID, JournalEntry, StoredResult, StoredSnapshot
 
 logger = logging.getLogger(__name__)
 GIVEN_UP = Failure("the workers died each time they tried this request, so it was given up", "server")

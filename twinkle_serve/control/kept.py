@@ -13,7 +13,7 @@ from twinkle_serve.config import StorageConfig
 from twinkle_serve.control.commands import RestoreCommand, RunEntry
 from twinkle_serve.control.log import Entry
 from twinkle_serve.control.runs import Run
-from twinkle_serve.storage.journal import StoredSnapshot
+from twinkle_serve.storage.journal_rows import StoredSnapshot
 
 UNBORN = -1  # what a run is covered up to before there is a snapshot; its birth has seq_id 0
 # A snapshot may hold up the group for this share of the work that it saves from being done again.

@@ -19,7 +19,7 @@ from twinkle_serve.control.kept import UNBORN, Kept
 from twinkle_serve.control.log import CommandLog, Entry
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.work import Failure
-from twinkle_serve.storage.journal import COMMAND, GAP, VOID, JournalEntry, RunHistory, StoredResult
+from twinkle_serve.storage.journal_rows import COMMAND, GAP, VOID, JournalEntry, RunHistory, StoredResult
 from twinkle_serve.storage.records import RunRecord, SamplerRecord
 
 logger = logging.getLogger(__name__)

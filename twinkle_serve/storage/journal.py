@@ -9,123 +9,46 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import itertools
 import logging
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from twinkle_serve.faults import reach
+from twinkle_serve.storage.journal_rows import (
+    ENTRIES,
+    EPOCHS,
+    METADATA,
+    RESULTS,
+    SNAPSHOTS,
+    JournalEntry,
+    RunHistory,
+    StoredResult,
+    StoredSnapshot,
+    read,
+    row_of,
+    run_ids,
+)
 from twinkle_serve.storage.wal import torn_tail
 
 _log = logging.getLogger(__name__)
 _MAX_BATCH = 512
 _RETRY_S = 0.5
-COMMAND, GAP, VOID = "command", "gap", "void"
-
-_metadata = sa.MetaData()
-_epochs = sa.Table(
-    "journal_epoch", _metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("epoch", sa.Integer)
-)
-_entries = sa.Table(
-    "journal_entries",
-    _metadata,
-    sa.Column("position", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-    sa.Column("run_id", sa.String(255), index=True),
-    sa.Column("seq_id", sa.BigInteger),
-    sa.Column("numbered", sa.Boolean),
-    sa.Column("request_id", sa.String(255)),
-    sa.Column("kind", sa.String(16)),
-    sa.Column("accepted_at", sa.Float),
-    sa.Column("payload", sa.LargeBinary),
-    sa.Column("digest", sa.LargeBinary),
-)
-_results = sa.Table(
-    "journal_results",
-    _metadata,
-    sa.Column("request_id", sa.String(255), primary_key=True),
-    sa.Column("run_id", sa.String(255), index=True),
-    sa.Column("seq_id", sa.BigInteger),
-    sa.Column("numbered", sa.Boolean),
-    sa.Column("settled_at", sa.Float),
-    sa.Column("payload", sa.LargeBinary),
-    sa.Column("digest", sa.LargeBinary),
-)
-_snapshots = sa.Table(
-    "journal_snapshots",
-    _metadata,
-    sa.Column("run_id", sa.String(255), primary_key=True),
-    sa.Column("covered", sa.BigInteger, primary_key=True),
-    sa.Column("file", sa.String(255)),
-    sa.Column("num_bytes", sa.BigInteger),
-    sa.Column("taken_at", sa.Float),
-)
 
 
 class Fenced(Exception):
     """Another coordinator has opened this journal since; this one must not write any more, and end."""
 
 
-@dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """An accepted command (``payload`` is control.codec's), a GAP (the run's log gave up waiting), or a VOID
-    (the command with that request id is not to be done).
-
-    numbered: the client gave ``seq_id``; otherwise the log did, and it identifies no duplicates.
-    """
-
-    run_id: str
-    seq_id: int
-    request_id: str
-    payload: bytes
-    accepted_at: float
-    numbered: bool = True
-    kind: str = COMMAND
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResult:
-    """What a promise was settled with, for as long as it can be asked for again."""
-
-    run_id: str
-    seq_id: int
-    request_id: str
-    payload: bytes
-    settled_at: float
-    numbered: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSnapshot:
-    """A run's whole state after all commands up to ``covered``; ``file`` is a name, not a path."""
-
-    run_id: str
-    covered: int
-    file: str
-    num_bytes: int
-    taken_at: float
-
-
-@dataclass(slots=True)
-class RunHistory:
-    """What the journal knows of a run: entries in order of arrival, snapshots newest first. ``damaged``:
-    seq_ids of rows that are not what was written (their contents are left out), -1 if not even that
-    can be read."""
-
-    entries: list[JournalEntry] = field(default_factory=list)
-    snapshots: list[StoredSnapshot] = field(default_factory=list)
-    results: list[StoredResult] = field(default_factory=list)
-    damaged: list[int] = field(default_factory=list)
-
-
 Work = Callable[[sa.Connection], Any]
+Row = dict[str, Any]
+_INSERT = ENTRIES.insert()
 
 
 class Journal:
@@ -139,12 +62,13 @@ class Journal:
         if url is None and (torn := torn_tail(path)):
             _log.warning("%s: %s; everything before it is kept", path, torn)
         self._engine = _open(url or f"sqlite:///{path}", sync)
-        _metadata.create_all(self._engine)
+        METADATA.create_all(self._engine)
         with self._engine.begin() as connection:
             self.epoch = _next_epoch(connection)
         self.num_bytes = 0
         self.stalled: str | None = None
-        self._queue: queue.SimpleQueue[tuple[Work, Any] | None] = queue.SimpleQueue()
+        self._mine = EPOCHS.update().where(EPOCHS.c.epoch == self.epoch).values(epoch=self.epoch)
+        self._queue: queue.SimpleQueue[tuple[Work | Row, Any] | None] = queue.SimpleQueue()
         self._closing = False
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
@@ -160,8 +84,7 @@ class Journal:
 
     def append(self, entry: JournalEntry) -> asyncio.Future[None]:
         self.num_bytes += len(entry.payload)
-        row = _row(entry)
-        return self._do(lambda connection: connection.execute(_entries.insert().values(row)))
+        return self._do(row_of(entry))
 
     def cover(
         self,
@@ -178,9 +101,9 @@ class Journal:
             _store(connection, results)
             _drop_snapshots(connection, run_id, [*drop_snapshots, snapshot.covered])
             connection.execute(
-                _snapshots.insert().values({c.name: getattr(snapshot, c.name) for c in _snapshots.c})
+                SNAPSHOTS.insert().values({c.name: getattr(snapshot, c.name) for c in SNAPSHOTS.c})
             )
-            self._drop_entries(connection, (_entries.c.run_id == run_id) & (_entries.c.seq_id <= drop_until))
+            self._drop_entries(connection, (ENTRIES.c.run_id == run_id) & (ENTRIES.c.seq_id <= drop_until))
 
         return self._do(work)
 
@@ -189,15 +112,15 @@ class Journal:
 
         def work(connection: sa.Connection) -> None:
             _store(connection, results)
-            connection.execute(_snapshots.delete().where(_snapshots.c.run_id == run_id))
-            self._drop_entries(connection, _entries.c.run_id == run_id)
+            connection.execute(SNAPSHOTS.delete().where(SNAPSHOTS.c.run_id == run_id))
+            self._drop_entries(connection, ENTRIES.c.run_id == run_id)
 
         return self._do(work)
 
     def expire_results(self, settled_before: float) -> asyncio.Future[None]:
         return self._do(
             lambda connection: connection.execute(
-                _results.delete().where(_results.c.settled_at < settled_before)
+                RESULTS.delete().where(RESULTS.c.settled_at < settled_before)
             )
         )
 
@@ -211,29 +134,30 @@ class Journal:
         """Everything, by run id; for the start, before anything is written."""
         with self._engine.connect() as connection:
             try:
-                histories = _read(connection)
+                histories = read(connection)
             except sa.exc.DatabaseError as error:
                 _log.error("the journal is damaged: %s; the runs that it touches are left out", error.orig)
-                histories = {run_id: self._salvage(connection, run_id) for run_id in _run_ids(connection)}
+                histories = {run_id: self._salvage(connection, run_id) for run_id in run_ids(connection)}
         entries = (entry for history in histories.values() for entry in history.entries)
         self.num_bytes = sum(len(entry.payload) for entry in entries)
         return histories
 
     def _salvage(self, connection: sa.Connection, run_id: str) -> RunHistory:
         try:
-            return _read(connection, run_id)[run_id]
+            return read(connection, run_id)[run_id]
         except sa.exc.DatabaseError:
             return RunHistory(damaged=[-1])
 
     def history(self, run_id: str) -> asyncio.Future[RunHistory]:
         """One run's, with all that was asked for before."""
-        return self._do(lambda connection: _read(connection, run_id)[run_id])
+        return self._do(lambda connection: read(connection, run_id)[run_id])
 
     # the writer -----------------------------------------------------------------------------------
 
-    def _do(self, work: Work) -> asyncio.Future[Any]:
+    def _do(self, job: Work | Row) -> asyncio.Future[Any]:
+        """``job``: a row to append, or what to do with a connection."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.put((work, future))
+        self._queue.put((job, future))
         return future
 
     def _write(self) -> None:
@@ -247,14 +171,14 @@ class Journal:
             if jobs:
                 self._commit(jobs)
 
-    def _commit(self, jobs: Sequence[tuple[Work, Any]]) -> None:
+    def _commit(self, jobs: Sequence[tuple[Work | Row, Any]]) -> None:
         """One transaction, tried until it succeeds: what was accepted must not be dropped because the
         disk is full, and nobody is told meanwhile that it is safe."""
         while True:
             try:
                 with self._engine.begin() as connection:
                     self._check_epoch(connection)
-                    answers = [work(connection) for work, _ in jobs]
+                    answers = _run(connection, [job for job, _ in jobs])
                     reach("in journal")
                 break
             except sa.exc.DBAPIError as error:
@@ -273,18 +197,29 @@ class Journal:
 
     def _check_epoch(self, connection: sa.Connection) -> None:
         """In each transaction, as its first write: so no other can open the journal until it ends."""
-        mine = _epochs.update().where(_epochs.c.epoch == self.epoch).values(epoch=self.epoch)
-        if connection.execute(mine).rowcount != 1:
+        if connection.execute(self._mine).rowcount != 1:
             raise Fenced("another coordinator has taken over")
 
     def _drop_entries(self, connection: sa.Connection, where: sa.ColumnElement[bool]) -> None:
-        size = sa.select(sa.func.sum(sa.func.length(_entries.c.payload))).where(where)
+        size = sa.select(sa.func.sum(sa.func.length(ENTRIES.c.payload))).where(where)
         self.num_bytes -= int(connection.execute(size).scalar() or 0)
-        connection.execute(_entries.delete().where(where))
+        connection.execute(ENTRIES.delete().where(where))
+
+
+def _run(connection: sa.Connection, jobs: Iterable[Work | Row]) -> list[Any]:
+    """The answer of each, in order; rows that follow one another are one statement."""
+    answers: list[Any] = []
+    for _, group in itertools.groupby(jobs, key=callable):
+        some = list(group)
+        rows = [job for job in some if not callable(job)]
+        if rows:
+            connection.execute(_INSERT, rows)
+        answers += [job(connection) if callable(job) else None for job in some]
+    return answers
 
 
 def _resolve(
-    jobs: Iterable[tuple[Work, Any]], answers: Sequence[Any] = (), error: Exception | None = None
+    jobs: Iterable[tuple[Work | Row, Any]], answers: Sequence[Any] = (), error: Exception | None = None
 ) -> None:
     futures = [future for _, future in jobs]
 
@@ -318,10 +253,10 @@ def _open(url: str, sync: str) -> sa.Engine:
 
 
 def _next_epoch(connection: sa.Connection) -> int:
-    connection.execute(_epochs.update().values(epoch=_epochs.c.epoch + 1))
-    epoch = connection.execute(sa.select(_epochs.c.epoch)).scalar()
+    connection.execute(EPOCHS.update().values(epoch=EPOCHS.c.epoch + 1))
+    epoch = connection.execute(sa.select(EPOCHS.c.epoch)).scalar()
     if epoch is None:
-        connection.execute(_epochs.insert().values(id=1, epoch=1))
+        connection.execute(EPOCHS.insert().values(id=1, epoch=1))
         return 1
     return int(epoch)
 
@@ -331,62 +266,10 @@ def _store(connection: sa.Connection, results: Sequence[StoredResult]) -> None:
         return
     ids = [result.request_id for result in results]
     for start in range(0, len(ids), 500):
-        connection.execute(_results.delete().where(_results.c.request_id.in_(ids[start : start + 500])))
-    connection.execute(_results.insert(), [_row(result) for result in results])
+        connection.execute(RESULTS.delete().where(RESULTS.c.request_id.in_(ids[start : start + 500])))
+    connection.execute(RESULTS.insert(), [row_of(result) for result in results])
 
 
 def _drop_snapshots(connection: sa.Connection, run_id: str, covered: Collection[int]) -> None:
-    mine = (_snapshots.c.run_id == run_id) & _snapshots.c.covered.in_(list(covered))
-    connection.execute(_snapshots.delete().where(mine))
-
-
-def _row(record: JournalEntry | StoredResult) -> dict[str, Any]:
-    values = {name: getattr(record, name) for name in type(record).__dataclass_fields__}
-    return values | {"digest": _digest(record)}
-
-
-def _digest(record: JournalEntry | StoredResult) -> bytes:
-    kind = record.kind if isinstance(record, JournalEntry) else "result"
-    names = [record.run_id, record.seq_id, record.request_id, record.numbered, kind]
-    digest = hashlib.blake2b(repr(names).encode(), digest_size=16)
-    digest.update(record.payload)
-    return digest.digest()
-
-
-def _read(connection: sa.Connection, run_id: str | None = None) -> dict[str, RunHistory]:
-    histories: dict[str, RunHistory] = defaultdict(RunHistory)
-
-    def rows(table: sa.Table, order: sa.ColumnElement[Any]) -> Any:
-        query = sa.select(table).order_by(order)
-        return connection.execute(query if run_id is None else query.where(table.c.run_id == run_id))
-
-    for row in rows(_entries, _entries.c.position):
-        _take_in(histories, JournalEntry, row)
-    for row in rows(_results, _results.c.settled_at):
-        _take_in(histories, StoredResult, row)
-    for row in rows(_snapshots, _snapshots.c.covered.desc()):
-        histories[row.run_id].snapshots.append(StoredSnapshot(**row._mapping))
-    return histories if run_id is None else {run_id: histories[run_id]}
-
-
-def _run_ids(connection: sa.Connection) -> list[str]:
-    """Each table as far as it can be read."""
-    found: set[str] = set()
-    for table in (_entries, _results, _snapshots):
-        try:
-            found.update(connection.execute(sa.select(table.c.run_id).distinct()).scalars())
-        except sa.exc.DatabaseError:
-            _log.error("the journal's table %s cannot be read to its end", table.name)
-    return sorted(found)
-
-
-def _take_in(histories: dict[str, RunHistory], kind: type[Any], row: Any) -> None:
-    record = kind(**{name: getattr(row, name) for name in kind.__dataclass_fields__})
-    history = histories[record.run_id]
-    if row.digest != _digest(record):
-        _log.error("journal: the row of seq_id %s of run %s is damaged", record.seq_id, record.run_id)
-        history.damaged.append(record.seq_id)
-    elif kind is JournalEntry:
-        history.entries.append(record)
-    else:
-        history.results.append(record)
+    mine = (SNAPSHOTS.c.run_id == run_id) & SNAPSHOTS.c.covered.in_(list(covered))
+    connection.execute(SNAPSHOTS.delete().where(mine))
