@@ -124,6 +124,9 @@ class ModelConfig(Strict):
     path: str = Field(min_length=1, description="local directory, or ms://owner/model on ModelScope")
     revision: str | None = Field(None, description="pinned hub revision")
     ranks: int = Field(1, ge=1, le=1024, description="processes that share the base model")
+    groups: int = Field(
+        1, ge=1, le=1024, description="groups of ranks, each with the whole model; a run lives in one of them"
+    )
     sharding: Literal["single", "expert_parallel", "zero3"] = Field(
         "single",
         description="how ranks share it. expert_parallel: each holds a part of the experts, the fast way for "
@@ -138,6 +141,11 @@ class ModelConfig(Strict):
         "pack", description="ranks on as few nodes as possible, or on different ones where there are"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu_memory_bytes: int | None = Field(
+        None,
+        ge=2**20,
+        description="memory of the device that each rank has, for `plan` to fit it into, bytes",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base model; auto: float32 on CPU, bfloat16 on GPU"
     )
@@ -152,6 +160,11 @@ class ModelConfig(Strict):
     activation_checkpointing: bool = False
     kernels: Literal["auto", "loop", "grouped"] = Field(
         "auto", description="LoRA products: one per adapter, or grouped; auto: grouped on GPU if shapes fit"
+    )
+    pack_weights: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="keep the frozen float32 weights in the CPU kernels' own layout too: faster, three times "
+        "their memory; auto: on the CPU up to 2 GiB of weights",
     )
     deterministic: bool = Field(
         False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
@@ -257,6 +270,12 @@ class LimitsConfig(Strict):
         return next((self.tenants[name] for name in names if name in self.tenants), self.tenant)
 
 
+class LossesConfig(Strict):
+    custom_loss_server_side: bool = Field(
+        True, description="SDK 0.38 and newer upload traced losses, which then run here, not in the client"
+    )
+
+
 class RayConfig(Strict):
     dashboard: bool = Field(False, description="start Ray's dashboard with `up`")
     dashboard_port: int = Field(8265, ge=1, le=65535)
@@ -300,6 +319,7 @@ class Config(Strict):
     auth: AuthConfig = AuthConfig()
     storage: StorageConfig = StorageConfig()
     limits: LimitsConfig = LimitsConfig()
+    losses: LossesConfig = LossesConfig()
     ray: RayConfig = RayConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     console: ConsoleConfig = ConsoleConfig()

@@ -27,6 +27,7 @@ def engine_for(_engines: dict[str, Engine]) -> EngineFactory:
     """``engine_for(directory, **fields of ModelConfig)``: an engine with all slots free and nothing paged."""
 
     def find(directory: Path, **fields: Any) -> Engine:
+        fields.setdefault("dtype", "float32")  # on a GPU too, where "auto" is bfloat16
         config = ModelConfig(name="tiny", path=str(directory), num_threads=1, **fields)
         key = config.model_dump_json()
         if key not in _engines:

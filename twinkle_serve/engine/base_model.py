@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import attention, experts
 from twinkle_serve.engine.attention import Attend, AttentionSwitch, PackedCausal
+from twinkle_serve.engine.frozen import pack
 from twinkle_serve.engine.grouped import fits
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import AdapterLayout, Group, Target
@@ -44,6 +45,7 @@ _LINEAR_GROUPS: dict[str, Group] = {
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
+_LARGEST_PACKED_BYTES = 2 * 2**30
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 # Small models may not show the difference that these make, so _verify alone would not do.
@@ -167,6 +169,8 @@ def prepare(
     model.config._experts_implementation = experts.IMPLEMENTATION
     layout = AdapterLayout.build(targets)
     segments.grouped = _grouped(config, layout, device, dtype)
+    if _packs(config, model, device, dtype):
+        pack(_frozen_matrices(model))
     return BaseModel(
         model=model,
         info=_info(model, config, directory),
@@ -187,6 +191,26 @@ def _grouped(config: ModelConfig, layout: AdapterLayout, device: torch.device, d
     if config.kernels == "grouped" and not fits(layout, dtype):
         raise UnsupportedModel("kernels: grouped needs layer widths that are multiples of 16 bytes")
     return config.kernels == "grouped"
+
+
+def _packs(config: ModelConfig, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to keep weights packed (frozen.py)."""
+    possible = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if config.pack_weights == "on" and not possible:
+        raise UnsupportedModel("pack_weights: on needs a float32 base model on the CPU")
+    small = sum(p.nbytes for p in model.parameters()) <= _LARGEST_PACKED_BYTES
+    return possible and (config.pack_weights == "on" or (config.pack_weights == "auto" and small))
+
+
+def _frozen_matrices(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """The weights that LoRA layers, experts and the unembedding multiply with."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            yield module.base.weight
+        elif hasattr(module, "twinkle_targets"):
+            yield module.gate_up_proj
+            yield module.down_proj
+    yield model.get_output_embeddings().weight
 
 
 def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch) -> list[Target]:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twinkle_serve.engine.activation import activate, backward_activation
+from twinkle_serve.engine.frozen import expert_product, expert_product_back
 from twinkle_serve.engine.grouped import (
     GroupedExperts,
     bounds_of,
@@ -164,7 +165,7 @@ class _Experts(torch.autograd.Function):
         hidden_gate, hidden_up = _shared_hidden(x, segments, targets)
         gate_up = _gate_up(x, hidden_gate, hidden_up, module.gate_up_proj, routing, targets)
         z = activate(module, gate_up)
-        out = combine(_base_product(z, module.down_proj.transpose(1, 2), routing), weights, routing.inverse)
+        out = combine(_base_product(z, module.down_proj, routing), weights, routing.inverse)
         down_hidden = _down_hidden(z, weights, routing, targets, _max_rank(segments))
         for adapter, start, end in segments:
             b_t = adapter.factors(targets.down).b_t
@@ -191,20 +192,27 @@ class _Experts(torch.autograd.Function):
         dweights = with_blank((z * dz_unweighted).sum(1), routing.inverse)[routing.inverse].view_as(weights)
         dgate_up = backward_activation(module, gate_up, dz_unweighted.mul_(pair_weights))
         dx = sum_over_experts(
-            _base_product(dgate_up, module.gate_up_proj, routing), routing.inverse, ctx.top_k
+            _base_product_back(dgate_up, module.gate_up_proj, routing), routing.inverse, ctx.top_k
         )
         _backward_gate_up(ctx, x, dx, dgate_up, hidden_gate, hidden_up, targets)
         return dx, dweights, None, None, None, None
 
 
 def _base_product(pairs: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Every sorted pair [P, D] times its expert's matrix in ``weights`` [E, D, M]: [P, M]."""
+    """Every sorted pair [P, in] times its expert's matrix in ``weights`` [E, out, in]: [P, out]."""
+    out = pairs.new_empty(pairs.shape[0], weights.shape[1])
+    sizes = routing.expert_sizes
+    for expert, rows, into in zip(routing.experts, pairs.split(sizes), out.split(sizes), strict=True):
+        expert_product(rows, weights, expert, into)
+    return out
+
+
+def _base_product_back(pairs: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The same the other way: [P, out] -> [P, in]."""
     out = pairs.new_empty(pairs.shape[0], weights.shape[2])
-    parts = zip(
-        routing.experts, pairs.split(routing.expert_sizes), out.split(routing.expert_sizes), strict=True
-    )
-    for expert, rows, into in parts:
-        torch.mm(rows, weights[expert], out=into)
+    sizes = routing.expert_sizes
+    for expert, rows, into in zip(routing.experts, pairs.split(sizes), out.split(sizes), strict=True):
+        expert_product_back(rows, weights, expert, into)
     return out
 
 
@@ -240,7 +248,7 @@ def _gate_up(
     targets: ExpertTargets,
 ) -> torch.Tensor:
     """Gate and up of every sorted pair, side by side: [P, 2I]."""
-    gate_up = _base_product(x.index_select(0, routing.token), projection.transpose(1, 2), routing)
+    gate_up = _base_product(x.index_select(0, routing.token), projection, routing)
     if hidden_gate.shape[1] == 0:
         return gate_up
     inner = projection.shape[1] // 2
@@ -287,7 +295,7 @@ def _backward_down(
         accumulate(factors.grad_b_t, down_hidden[start:end, :rank].t(), dout[start:end], adapter.scale)
     dhidden_pairs = dhidden.index_select(0, routing.token)
     pair_weights = weights.reshape(-1)[routing.order].unsqueeze(1).to(z.dtype)
-    dz = _base_product(dout.index_select(0, routing.token), ctx.module.down_proj, routing)
+    dz = _base_product_back(dout.index_select(0, routing.token), ctx.module.down_proj, routing)
     sizes = routing.block_sizes
     weighted = (dhidden_pairs * pair_weights).split(sizes)
     parts = zip(

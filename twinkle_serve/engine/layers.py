@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from twinkle_serve.engine.frozen import packed, product, product_back
 from twinkle_serve.engine.grouped import GroupedLinear, Stretches
 from twinkle_serve.engine.layout import Group
 from twinkle_serve.engine.slots import Segment
@@ -68,7 +69,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         segments = self.segments.of(self.group)
-        if not segments:
+        if not segments and packed(self.base.weight) is None:
             return F.linear(x, self.base.weight, self.base.bias)
         flat = x.reshape(-1, self.in_features)
         if self.segments.grouped:
@@ -91,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
         segments: Sequence[Segment],
         target_index: int,
     ) -> torch.Tensor:
-        y = F.linear(x, weight, bias)
+        y = product(x, weight, bias)
         hidden = []
         for adapter, start, end in segments:
             factors = adapter.factors(target_index)
@@ -106,7 +107,7 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx = dy @ weight
+        dx = product_back(dy, weight)
         for (adapter, start, end), h in zip(ctx.segments, ctx.hidden, strict=True):
             factors = adapter.factors(ctx.target_index)
             dy_s = dy[start:end]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.autograd.function import once_differentiable
 
+from twinkle_serve.engine.frozen import packed, product, product_back
 from twinkle_serve.engine.layout import ALIGNMENT
 from twinkle_serve.engine.slots import Segment
 
@@ -247,7 +248,10 @@ def _logits(x: torch.Tensor, head: _Head, chunk: _Chunk, out: torch.Tensor) -> t
     """float32 logits [c, V] of a chunk's hidden states [c, H], written to ``out``."""
     weight, bias = head.weight, head.bias
     if weight.dtype == torch.float32:
-        torch.mm(x, weight.t(), out=out)
+        if packed(weight) is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            out.copy_(product(x, weight))
     elif weight.is_cuda:
         # Products of bfloat16 are summed in float32 anyway: this only keeps them from being rounded again.
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
@@ -342,7 +346,7 @@ def _d_logits(
 
 def _d_chunk(x: torch.Tensor, d_logits: torch.Tensor, head: _Head, chunk: _Chunk) -> torch.Tensor:
     """Gradient by a chunk's hidden states [c, H]; those of the LoRA factors are added to their buffers."""
-    dx = d_logits.to(x.dtype) @ head.weight
+    dx = product_back(d_logits.to(x.dtype), head.weight)
     for segment, start, end in chunk.parts:
         d_part, x_part, scale = d_logits[start:end], x[start:end].float(), segment.scale
         d_low_rank = d_part @ segment.b_t.t()
