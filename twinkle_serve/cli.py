@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("up", up, "Run the service in the foreground until Ctrl-C or SIGTERM.")
     command("check-config", check_config, "Say whether a configuration is right.")
+    command("plan", plan, "Compute the memory of each rank, without loading, and refuse what cannot fit.")
     printing = command("print-config", print_config, "Print the configuration with overrides applied.")
     printing.add_argument("--serve", action="store_true", help="in the form that `serve deploy` takes")
     keys = command("keys", keys_command, "Give out, list, rotate and revoke API keys (auth.mode keys).")
@@ -89,6 +90,23 @@ def check_config(config: Config, options: argparse.Namespace) -> None:
     """Print one line; load_config has done the work."""
     names = ", ".join(model.name for model in config.models)
     print(f"{options.config}: fine; serves {names} at http://{config.http.host}:{config.http.port}")
+
+
+def plan(config: Config, options: argparse.Namespace) -> None:
+    """The budget of each model; an error if one does not fit into the memory that its devices have."""
+    from twinkle_serve.plan import budget_of, find_shapes, report, verdict
+
+    refused = []
+    for model in config.models:
+        try:
+            budget = budget_of(model, find_shapes(model.path))
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        print(report(budget), end="\n\n")
+        if not budget.fits:
+            refused.append(verdict(budget))
+    if refused:
+        raise CommandError("; ".join(refused))
 
 
 def print_config(config: Config, options: argparse.Namespace) -> None:
