@@ -15,6 +15,7 @@ class MemoryCatalog:
         self._sessions: dict[Any, Any] = {}
         self._runs: dict[Any, Any] = {}
         self._samplers: dict[Any, Any] = {}
+        self._losses: dict[Any, Any] = {}
         self._checkpoints: dict[Any, Any] = {}
 
     def put_session(self, record: Any) -> None:
@@ -25,6 +26,12 @@ class MemoryCatalog:
 
     def put_sampler(self, record: Any) -> None:
         self._samplers[record.sampler_id] = record
+
+    def put_loss(self, record: Any) -> None:
+        self._losses[record.loss_id] = record
+
+    def delete_loss(self, loss_id: str) -> None:
+        del self._losses[loss_id]
 
     def put_checkpoint(self, record: Any) -> None:
         self._checkpoints[record.run_id, record.kind, record.name] = record
@@ -37,7 +44,7 @@ class MemoryCatalog:
         self._checkpoints[key] = replace(self._checkpoints[key], **changes)
 
     def load_all(self) -> Contents:
-        tables = (self._sessions, self._runs, self._samplers, self._checkpoints)
+        tables = (self._sessions, self._runs, self._samplers, self._checkpoints, self._losses)
         return Contents(*(tuple(table.values()) for table in tables))
 
     def directory_for(self, run_id: str, kind: str, name: str) -> str:

@@ -17,7 +17,7 @@ from twinkle_serve.config import Config
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.gateway.app import create_app
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Tick, TickReport
+from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Tick, TickReport
 from twinkle_serve.storage.catalog import Catalog
 
 
@@ -31,6 +31,10 @@ class EngineGroup:
     @property
     def info(self) -> ModelInfo:
         return self._engine.info
+
+    async def check_loss(self, graph: str) -> Failure | None:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._engine.check_loss, graph)
 
     async def run(self, tick: Tick) -> AsyncIterator[Outcome | TickReport]:
         loop = asyncio.get_running_loop()

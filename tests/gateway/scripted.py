@@ -40,6 +40,7 @@ class ScriptedBackend:
     holds: list[float] = field(default_factory=list)
     checkpoints: list[Mapping[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, str] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     insight: dict[str, Any] = field(default_factory=dict)
     cluster: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +153,26 @@ class ScriptedBackend:
         self._note("run_info", tenant, run_id)
         self._owned(tenant, run_id)
         return RunInfo(run_id, tenant, MODEL, LoraSpec(8))
+
+    async def create_custom_loss(
+        self, tenant: str, session_id: str, seq_id: int, graph: str | Failure
+    ) -> str:
+        self._note("create_custom_loss", tenant, session_id, seq_id, graph)
+        self._owned(tenant, session_id)
+        request_id = self._once("train", session_id, "loss", seq_id)
+        if isinstance(graph, Failure):
+            self.polls[request_id] = Poll("done", failure=graph)
+        else:
+            loss_id = f"{session_id}:loss:{seq_id}"
+            self.losses[loss_id] = graph
+            self.polls[request_id] = Poll("done", value={"loss_id": loss_id})
+        return request_id
+
+    async def custom_loss(self, tenant: str, loss_id: str) -> str:
+        self._note("custom_loss", tenant, loss_id)
+        if loss_id not in self.losses or self.tenants.get(loss_id.partition(":loss:")[0]) != tenant:
+            raise NotFound(f"loss_id {loss_id!r} does not exist")
+        return self.losses[loss_id]
 
     # sampling -------------------------------------------------------------------------------------
 

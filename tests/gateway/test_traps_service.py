@@ -41,7 +41,7 @@ async def test_trap_17_no_409(client: httpx.AsyncClient, backend: ScriptedBacken
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/create_custom_loss"), ("GET", "/audit"), ("POST", "/sessions/search")]
+    ("method", "path"), [("GET", "/audit"), ("POST", "/sessions/search")]
 )
 async def test_trap_18_what_is_not_served_is_404(client: httpx.AsyncClient, method: str, path: str) -> None:
     answer = await client.request(method, path)

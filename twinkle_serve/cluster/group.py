@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -25,7 +25,7 @@ from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.group import GroupLost
 from twinkle_serve.engine.sharding.place import RankPlace
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
+from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Progress, Tick, TickReport
 
 _log = logging.getLogger(__name__)
 ENGINE = "twinkle_serve.engine.engine:Engine"
@@ -146,6 +146,17 @@ class RayGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+    async def check_loss(self, graph: str) -> Failure | None:
+        """See control.group.Group: the first rank tries it, between two ticks."""
+        if not self._ready:
+            raise GroupLost(f"{self._config.name} is not loaded")
+        try:
+            return cast("Failure | None", await self._workers[0].check_loss.remote(graph))
+        except RayError as error:
+            # Not to be tried again: it may be what the rank died of.
+            _log.error("trying an uploaded loss failed: %s", error)
+            return Failure("the server failed while it tried this loss", "server")
 
     async def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
         """See control.group.Group. An outcome's value is an ObjectRef where it is large."""

@@ -25,7 +25,7 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.watch import summary_of
 from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sharding.place import RankPlace
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
+from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Progress, Tick, TickReport
 
 # Below this an outcome travels inside the coordinator's answer to a poll; above it the value stays in the
 # object store and the ingress replica maps it from there.
@@ -44,6 +44,8 @@ class Engine(Protocol):
     def run(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]: ...
 
     def probe(self) -> bool: ...
+
+    def check_loss(self, graph: str) -> Failure | None: ...
 
     def close(self) -> None: ...
 
@@ -104,6 +106,11 @@ class RankWorker:
         self._engine = engine
         self._report_memory()
         return engine.info
+
+    def check_loss(self, graph: str) -> Failure | None:
+        """See control.group.Group. Waits for the tick that runs."""
+        assert self._engine is not None
+        return self._engine.check_loss(graph)
 
     def close(self) -> None:
         """Remove what the engine keeps on disk. Waits for the tick that runs."""

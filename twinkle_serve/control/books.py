@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from twinkle_serve.config import LimitsConfig
 from twinkle_serve.control.checkpoints import Checkpoints
 from twinkle_serve.control.clock import Clock
+from twinkle_serve.control.custom_losses import CustomLosses
 from twinkle_serve.control.metrics import Meter
 from twinkle_serve.control.promises import PromiseTable, random_token
 from twinkle_serve.control.quotas import Quotas, own_name
@@ -33,6 +34,7 @@ class Books:
     runs: Runs
     samplers: Samplers
     checkpoints: Checkpoints
+    losses: CustomLosses
     watch: Watch
     quotas: Quotas
 
@@ -74,7 +76,9 @@ def open_books(
     samplers = Samplers(limits.sampler_snapshots_per_run, catalog.put_sampler)
     checkpoints = Checkpoints(catalog)
     quotas = Quotas(limits, clock, promises, sessions, runs, checkpoints, name_of)
-    books = Books(clock, promises, sessions, runs, samplers, checkpoints, Watch(clock, meter), quotas)
+    losses = CustomLosses(catalog.put_loss, catalog.delete_loss)
+    watch = Watch(clock, meter)
+    books = Books(clock, promises, sessions, runs, samplers, checkpoints, losses, watch, quotas)
     contents = catalog.load_all()
     for session in contents.sessions:
         books.sessions.restore(session, clock.now())
@@ -86,6 +90,10 @@ def open_books(
         books.samplers.restore(sampler)
         owner = books.sessions.get(sampler.tenant, sampler.session_id)
         owner.samplers[int(sampler.sampler_id.rpartition(":")[2])] = sampler.sampler_id
+    for loss in contents.losses:
+        books.losses.restore(loss)
+        books.promises.reopen(loss.request_id, loss.tenant, None)
+        books.promises.resolve(loss.request_id, {"loss_id": loss.loss_id}, clock.now())
     for checkpoint in contents.checkpoints:
         books.checkpoints.restore(checkpoint)
     return books

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from twinkle_serve.protocol.work import ModelInfo, Outcome, Progress, Tick, TickReport
+from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Progress, Tick, TickReport
 
 
 class Group(Protocol):
@@ -21,6 +21,11 @@ class Group(Protocol):
         """Outcomes and progress as they are ready, in any order, then one TickReport. Outcomes of saves may
         come in a later tick's stream, and those of samples whenever they finish. ``Outcome.value`` may be a
         handle that the gateway resolves (a Ray ObjectRef). Raises GroupLost when the ranks are gone."""
+        ...
+
+    async def check_loss(self, graph: str) -> Failure | None:
+        """Try an uploaded loss (text of protocol.loss_graph) on made-up data; what is wrong with it, if
+        anything. Raises GroupLost when there is no rank to try it."""
         ...
 
     async def rebuild(self) -> ModelInfo:

@@ -46,6 +46,9 @@ class OnRecord:
         run = self._books.runs.get(tenant, run_id)
         self._books.watch.histories.of(run.run_id).report(step, self._books.clock.now(), values)
 
+    async def custom_loss(self, tenant: str, loss_id: str) -> str:
+        return self._books.losses.get(tenant, loss_id).graph
+
     async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
         runs = self._books.runs.of_tenant(tenant)
         return [self._run_view(run) for run in runs[offset : offset + limit]], len(runs)

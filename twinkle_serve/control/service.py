@@ -20,6 +20,7 @@ from twinkle_serve.control.backend import Command, Invalid, NotFound, PassComman
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
+from twinkle_serve.control.custom_losses import loss_id_for
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.group import Group, GroupLost
@@ -38,7 +39,7 @@ from twinkle_serve.control.watch import Watch
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
 from twinkle_serve.protocol.work import Failure, ModelInfo
-from twinkle_serve.storage.records import RunRecord, SamplerRecord
+from twinkle_serve.storage.records import LossRecord, RunRecord, SamplerRecord
 
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
@@ -93,6 +94,7 @@ class ControlPlane(OnRecord):
             self._books, config.limits, self._driver, partial(self._open, sampling=True)
         )
         self._gap_timers: dict[str, Timer] = {}
+        self._making: dict[str, asyncio.Future[str]] = {}
         self._sweep_timer: Timer | None = None
         self._closing = False
 
@@ -161,6 +163,7 @@ class ControlPlane(OnRecord):
         if not self._books.sessions.finish(tenant, session_id, reason):
             return
         self._sampling.end_session(session_id)
+        self._books.losses.end_session(session_id)
         for run_id, _ in self._books.sessions.get(tenant, session_id).models.values():
             self._books.samplers.retire(run_id, keep=0)
             self._park(run_id)
@@ -324,6 +327,36 @@ class ControlPlane(OnRecord):
     async def run_info(self, tenant: str, run_id: str) -> RunInfo:
         record = self._books.runs.get(tenant, run_id).record
         return RunInfo(run_id, tenant, self._driver(record.base_model).group.info, record.spec)
+
+    async def create_custom_loss(
+        self, tenant: str, session_id: str, custom_loss_seq_id: int, graph: str | Failure
+    ) -> str:
+        session = self._books.sessions.usable(tenant, session_id, self._clock.now())
+        loss_id = loss_id_for(session.record.session_id, custom_loss_seq_id)
+        making = self._making.get(loss_id)
+        if making is None:
+            making = asyncio.ensure_future(self._make_loss(tenant, session_id, loss_id, graph))
+            self._making[loss_id] = making
+            making.add_done_callback(lambda _: self._making.pop(loss_id))
+        return await asyncio.shield(making)
+
+    async def _make_loss(self, tenant: str, session_id: str, loss_id: str, graph: str | Failure) -> str:
+        known = self._books.losses.find(loss_id)
+        if known is not None:
+            return known.request_id
+        if isinstance(graph, Failure):
+            return self._failed(tenant, graph)
+        try:
+            failure = await next(iter(self._drivers.values())).group.check_loss(graph)
+        except GroupLost:
+            raise BackendUnavailable(_RECOVERING) from None
+        if failure is not None:
+            return self._failed(tenant, failure)
+        now = self._clock.now()
+        request_id = self._books.promises.open(tenant, None)
+        self._books.losses.add(LossRecord(loss_id, session_id, tenant, now, request_id, graph))
+        self._books.resolve(request_id, {"loss_id": loss_id})
+        return request_id
 
     # sampling -------------------------------------------------------------------------------------
 

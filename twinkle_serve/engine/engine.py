@@ -20,9 +20,11 @@ import torch
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.adapter_files import load_adapter, save_adapter
+from twinkle_serve.engine.adapter_pool import AdapterPool
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import load_base_model
 from twinkle_serve.engine.flops import with_speed
+from twinkle_serve.engine.graph_loss import try_graph
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
 from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.pulse import PULSE
@@ -33,6 +35,8 @@ from twinkle_serve.engine.state_files import StateWriter, read_state
 from twinkle_serve.engine.trainer import Trainer
 from twinkle_serve.faults import reach
 from twinkle_serve.hub.models import resolve_model
+from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.loss_graph import read_graph
 from twinkle_serve.protocol.work import (
     DropRun,
     Failure,
@@ -75,13 +79,9 @@ class Engine:
         self._pages = PageStore(scratch / "runs", config.host_page_bytes)
         self._states = StateWriter()
         self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
-        self._adapters = SampleAdapters(
-            self.base.layout,
-            self._snapshots,
-            config.sampler.adapter_slots,
-            self.base.device,
-            self.base.dtype,
-        )
+        num_rows = config.sampler.adapter_slots * config.max_rank
+        pool = AdapterPool(self.base.layout, num_rows, self.base.device, self.base.dtype)
+        self._adapters = SampleAdapters(self.base.layout, self._snapshots, pool)
         self._sampler = Sampler(self.base, self._adapters, config.sampler, directory)
 
     @property
@@ -95,6 +95,14 @@ class Engine:
         with torch.no_grad():
             hidden = self.base.hidden_states(token_ids, torch.arange(2), PackedCausal([2]))
         return bool(torch.isfinite(hidden).all())
+
+    def check_loss(self, graph: str) -> Failure | None:
+        """What is wrong with an uploaded loss, tried on made-up data."""
+        try:
+            try_graph(read_graph(graph))
+        except UserError as error:
+            return error.as_failure()
+        return None
 
     def close(self) -> None:
         self._states.close()

@@ -17,7 +17,17 @@ from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
 from twinkle_serve.control.metrics import Meter, Silent
 from twinkle_serve.control.spans import Span
-from twinkle_serve.gateway import checkpoints, downloads, futures, runs, sampling, service, sessions, training
+from twinkle_serve.gateway import (
+    checkpoints,
+    custom_losses,
+    downloads,
+    futures,
+    runs,
+    sampling,
+    service,
+    sessions,
+    training,
+)
 from twinkle_serve.gateway.context import Gateway, itself
 from twinkle_serve.gateway.http import install_error_handlers
 from twinkle_serve.gateway.identity import Identity, create_identity
@@ -57,7 +67,7 @@ def create_app(
     app.state.gateway = gateway
     install_error_handlers(app)
     # Routes are tried in this order, so what is asked most often comes first.
-    for part in (futures, sampling, training, sessions, service, runs, checkpoints, downloads):
+    for part in (futures, sampling, training, custom_losses, sessions, service, runs, checkpoints, downloads):
         app.include_router(part.router, prefix=PREFIX)
     app.include_router(insights, prefix=PREFIX)
     app.mount("/v1", create_openai_app(gateway, __version__))

@@ -25,6 +25,7 @@ from twinkle_serve.protocol.work import ModelInfo
 
 Value = TypeVar("Value")
 _CACHE_SIZE = 4096
+_MAX_LOSSES = 64
 
 
 async def itself(value: Any) -> Any:
@@ -43,6 +44,8 @@ class Gateway:
     resolve: Callable[[Any], Awaitable[Any]] = itself
     # The model behind a run or a sampler never changes, and its limits are needed for every request.
     models: dict[tuple[str, str], ModelInfo] = field(default_factory=dict)
+    # Nor does an uploaded loss.
+    losses: dict[tuple[str, str], str] = field(default_factory=dict)
     doors: Doors = field(default_factory=Doors)
 
 
@@ -83,6 +86,16 @@ class Call:
             most if self.limits.datums is None else min(most, self.limits.datums),
             self.max_body_bytes // 8,
         )
+
+    async def custom_loss(self, loss_id: str) -> str:
+        """The text of the caller's uploaded loss. Raises NotFound."""
+        losses = self.gateway.losses
+        if (self.tenant, loss_id) not in losses:
+            graph = await self.backend.custom_loss(self.tenant, loss_id)
+            if len(losses) >= _MAX_LOSSES:
+                del losses[next(iter(losses))]
+            losses[self.tenant, loss_id] = graph
+        return losses[self.tenant, loss_id]
 
     async def sample_limits(self, sampler_id: str) -> SampleLimits:
         """Raises NotFound."""

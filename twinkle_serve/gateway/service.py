@@ -28,7 +28,6 @@ CLIENT_CONFIG: dict[str, Any] = {
     "fwdbwd_dispatch_bytes_semaphore_size": 128_000_000,
     "sample_enable_stuck_detection": True,
     "sample_use_retrieve_futures": False,
-    "custom_loss_server_side": False,
     "sample_join_sampling_session": False,
     "create_model_via_load_weights": True,
 }
@@ -46,7 +45,11 @@ async def client_config(call: Authenticated) -> Response:
     # As many samples as the busiest model takes in keep it busy. More would only stand in line at the HTTP
     # proxy, which is first come first served, and keep heartbeats waiting for seconds.
     room = max(64, *(2 * model.sampler.max_batch for model in models))
-    return reply(CLIENT_CONFIG | {"sample_max_concurrent_requests": room})
+    here = {
+        "sample_max_concurrent_requests": room,
+        "custom_loss_server_side": call.gateway.config.losses.custom_loss_server_side,
+    }
+    return reply(CLIENT_CONFIG | here)
 
 
 @router.post("/client/dynamic_config")

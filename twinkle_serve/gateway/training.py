@@ -8,7 +8,8 @@ for that number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from twinkle_serve.control.backend import (
     Command,
     LoadCommand,
+    NotFound,
     OptimCommand,
     PassCommand,
     RejectedCommand,
@@ -26,9 +28,17 @@ from twinkle_serve.control.backend import (
 from twinkle_serve.gateway.context import Authenticated, Call
 from twinkle_serve.gateway.http import describes, reply
 from twinkle_serve.protocol import requests as wire
-from twinkle_serve.protocol.batch import DatumLimits
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.forward import ForwardEnvelope, address, check_pass, parse_json, parse_proto
+from twinkle_serve.protocol.forward import (
+    CheckedPass,
+    ForwardEnvelope,
+    address,
+    check_pass,
+    check_uploaded,
+    parse_json,
+    parse_proto,
+    uploaded_loss_id,
+)
 from twinkle_serve.protocol.paths import parse_path, validate_name
 from twinkle_serve.protocol.results import PROTOBUF
 
@@ -146,7 +156,19 @@ async def _submit(call: Call, body: Mapping[str, Any], build: Callable[[], Comma
 
 async def _submit_pass(call: Call, envelope: ForwardEnvelope) -> Response:
     limits = await call.datum_limits(envelope.model_id)
-    return await _submit_to(call, envelope.model_id, envelope.seq_id, lambda: _pass(envelope, limits))
+    check: Callable[[], CheckedPass] = partial(check_pass, envelope, limits)
+    try:
+        loss_id = uploaded_loss_id(envelope)
+        if loss_id is not None:
+            check = partial(check_uploaded, envelope, await call.custom_loss(loss_id), limits)
+    except (UserError, NotFound) as error:
+        check = partial(_refuse, str(error))
+    return await _submit_to(call, envelope.model_id, envelope.seq_id, lambda: _pass(check()))
+
+
+def _refuse(message: str) -> NoReturn:
+    """Where the command is built, so that the request's seq_id is spent on it."""
+    raise UserError(message)
 
 
 async def _submit_to(call: Call, model_id: str, seq_id: int | None, build: Callable[[], Command]) -> Response:
@@ -157,8 +179,7 @@ async def _submit_to(call: Call, model_id: str, seq_id: int | None, build: Calla
     return promise(await call.backend.submit(call.tenant, model_id, seq_id, command), model_id)
 
 
-def _pass(envelope: ForwardEnvelope, limits: DatumLimits) -> PassCommand:
-    checked = check_pass(envelope, limits)
+def _pass(checked: CheckedPass) -> PassCommand:
     return PassCommand(
         datums=checked.batch.pack(),
         lengths=tuple(checked.batch.lengths.tolist()),

@@ -48,11 +48,8 @@ def assemble(
 ) -> DatumBatch:
     """The batch ``loss`` can run on. Columns it does not read are dropped; optional ones that some datums
     lack are filled. Raises UserError naming the datum and the field."""
-    if len(source) == 0:
-        raise UserError("data is empty; at least one datum is needed")
-    if len(source) > limits.max_datums:
-        raise UserError(f"data has {len(source)} datums; at most {limits.max_datums} fit one request")
-    tokens, lengths = _read_tokens(source, limits)
+    check_count(len(source), limits)
+    tokens, lengths = read_tokens(source, limits)
     columns: dict[str, Column] = {}
     for name in loss.columns:
         fill = 1.0 if name == loss.ones else config.get(name)
@@ -62,6 +59,14 @@ def assemble(
     return DatumBatch(tokens, lengths, columns)
 
 
+def check_count(num_datums: int, limits: DatumLimits) -> None:
+    """Raises UserError."""
+    if num_datums == 0:
+        raise UserError("data is empty; at least one datum is needed")
+    if num_datums > limits.max_datums:
+        raise UserError(f"data has {num_datums} datums; at most {limits.max_datums} fit one request")
+
+
 def check_token_range(tokens: Array, vocab_size: int) -> int | None:
     """The position of the first id that is not in 0..vocab_size-1, or None."""
     if tokens.size == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
@@ -69,9 +74,10 @@ def check_token_range(tokens: Array, vocab_size: int) -> int | None:
     return int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
 
 
-def _read_tokens(
+def read_tokens(
     source: DatumSource, limits: DatumLimits
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """The tokens of all datums end to end, and how many each has. Raises UserError."""
     parts = []
     for index in range(len(source)):
         try:
@@ -131,7 +137,7 @@ def _read_column(
     if filled is None:
         return None
     column = Column(np.concatenate(filled), widths)
-    _check_values(column, name, lengths, limits)
+    check_values(column, name, lengths, limits)
     return column
 
 
@@ -167,7 +173,8 @@ def _as_dtype(values: Array, name: str) -> Array:
     return values.astype(np.float32, copy=False)
 
 
-def _check_values(column: Column, name: str, lengths: npt.NDArray[np.int64], limits: DatumLimits) -> None:
+def check_values(column: Column, name: str, lengths: npt.NDArray[np.int64], limits: DatumLimits) -> None:
+    """Target tokens in the vocabulary, everything else finite. Raises UserError naming what is not."""
     sizes = lengths * np.maximum(1, column.widths)
     if name == TARGETS:
         wrong = check_token_range(column.values, limits.vocab_size)

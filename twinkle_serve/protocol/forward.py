@@ -15,7 +15,9 @@ from twinkle_serve.protocol import schema
 from twinkle_serve.protocol.batch import DatumLimits, DatumSource, assemble
 from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import MalformedBody, UserError
-from twinkle_serve.protocol.losses import complete_config, find_loss
+from twinkle_serve.protocol.graph_batch import assemble_for_graph
+from twinkle_serve.protocol.loss_graph import GRAPH, read_graph
+from twinkle_serve.protocol.losses import UPLOADED, complete_config, find_loss
 from twinkle_serve.protocol.tensors import (
     Array,
     WireTensor,
@@ -44,7 +46,7 @@ class CheckedPass:
 
     batch: DatumBatch
     loss_fn: str
-    loss_config: Mapping[str, float]
+    loss_config: Mapping[str, float | str]
     backward: bool
 
 
@@ -56,6 +58,24 @@ def check_pass(envelope: ForwardEnvelope, limits: DatumLimits) -> CheckedPass:
         raise UserError("data is not a list of datums")
     batch = assemble(envelope.source, loss, config, limits)
     return CheckedPass(batch, loss.name, config, not envelope.forward_only)
+
+
+def uploaded_loss_id(envelope: ForwardEnvelope) -> str | None:
+    """The id of the uploaded loss that a request wants; None for any other loss. Raises UserError."""
+    if envelope.loss_fn != UPLOADED:
+        return None
+    loss_id = envelope.loss_config.get("loss_id")
+    if not isinstance(loss_id, str) or len(envelope.loss_config) != 1:
+        raise UserError("loss_fn 'custom' needs loss_fn_config {'loss_id': ...} of create_custom_loss")
+    return loss_id
+
+
+def check_uploaded(envelope: ForwardEnvelope, graph: str, limits: DatumLimits) -> CheckedPass:
+    """The same with an uploaded loss, whose text is ``graph``. Raises UserError."""
+    if envelope.source is None:
+        raise UserError("data is not a list of datums")
+    batch = assemble_for_graph(envelope.source, read_graph(graph), limits)
+    return CheckedPass(batch, UPLOADED, {GRAPH: graph}, not envelope.forward_only)
 
 
 def parse_proto(body: bytes) -> ForwardEnvelope:

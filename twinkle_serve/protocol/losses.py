@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from twinkle_serve.protocol.errors import UserError
 
 TARGETS = "target_tokens"
+UPLOADED = "custom"
+"""The loss_fn of a loss that the client made with create_custom_loss."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,16 @@ class Lenient(BaseModel):
         return value
 
 
+class CreateCustomLoss(Lenient):
+    """What name, inputs and graph may be is loss_graph.py's business."""
+
+    session_id: str
+    custom_loss_seq_id: int = Field(ge=0, lt=2**63)
+    name: Any = "loss"
+    inputs: Any = None
+    graph: Any = None
+
+
 class CreateSession(Lenient):
     tags: list[str] = []
     user_metadata: Metadata = {}

@@ -18,11 +18,17 @@ import sqlalchemy as sa
 
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.storage import checkpoints
-from twinkle_serve.storage.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
+from twinkle_serve.storage.records import (
+    CheckpointRecord,
+    LossRecord,
+    RunRecord,
+    SamplerRecord,
+    SessionRecord,
+)
 
 _log = logging.getLogger(__name__)
 _MAX_SEGMENT_BYTES = 200
-Record = SessionRecord | RunRecord | SamplerRecord | CheckpointRecord
+Record = SessionRecord | RunRecord | SamplerRecord | LossRecord | CheckpointRecord
 
 # Each table is its key, the tenant, and the whole record as JSON: a field that a later version adds with a
 # default needs no migration.
@@ -40,6 +46,7 @@ _TABLES: dict[type[Record], sa.Table] = {
     SessionRecord: _table("sessions", "session_id"),
     RunRecord: _table("runs", "run_id"),
     SamplerRecord: _table("samplers", "sampler_id"),
+    LossRecord: _table("custom_losses", "loss_id"),
     CheckpointRecord: _table("checkpoints", "run_id", "kind", "name"),
 }
 
@@ -52,6 +59,7 @@ class Contents:
     runs: tuple[RunRecord, ...]
     samplers: tuple[SamplerRecord, ...]
     checkpoints: tuple[CheckpointRecord, ...]
+    losses: tuple[LossRecord, ...] = ()
 
 
 class Catalog:
@@ -75,6 +83,14 @@ class Catalog:
 
     def put_sampler(self, record: SamplerRecord) -> None:
         self._put(record)
+
+    def put_loss(self, record: LossRecord) -> None:
+        self._put(record)
+
+    def delete_loss(self, loss_id: str) -> None:
+        table = _TABLES[LossRecord]
+        with self._engine.begin() as connection:
+            connection.execute(table.delete().where(*_key(table, loss_id)))
 
     def put_checkpoint(self, record: CheckpointRecord) -> None:
         """List a checkpoint; call it once its directory is whole."""
@@ -111,6 +127,7 @@ class Catalog:
             tuple(self._load(RunRecord)),
             tuple(self._load(SamplerRecord)),
             tuple(whole for record in self._load(CheckpointRecord) if (whole := self._checked(record))),
+            tuple(self._load(LossRecord)),
         )
 
     def directory_for(self, run_id: str, kind: str, name: str) -> str:

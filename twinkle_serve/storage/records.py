@@ -66,6 +66,19 @@ class SamplerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LossRecord:
+    """A loss that a client uploaded. loss_id: ``{session_id}:loss:{custom_loss_seq_id}``. graph: what
+    protocol.loss_graph.read_graph takes. request_id: of the promise that answers with the loss_id."""
+
+    loss_id: str
+    session_id: str
+    tenant: str
+    created_at: float
+    request_id: str
+    graph: str
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointRecord:
     """A whole checkpoint on disk. kind: "weights", "sampler_weights" or "external_weights".
 
