@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinkle_serve.engine.draw import DrawParams, StopRule, draw_tokens, uniform_number
+from twinkle_serve.engine.draw import DrawParams, StopRule, UniformStream, draw_tokens
 from twinkle_serve.protocol.data import SamplingParams
 
 
 def params(
     temperature: float = 1.0, top_k: int = -1, top_p: float = 1.0, seed: int = 0, position: int = 0
 ) -> DrawParams:
-    return DrawParams.of(SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p), seed, 0, position)
+    return DrawParams(temperature, top_k, top_p, UniformStream(seed, 0).at(position))
 
 
 def expected_distribution(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -172,13 +172,17 @@ def test_logits_that_are_not_finite_show_in_the_logprob_of_their_row_only() -> N
 
 
 def test_random_numbers_are_in_the_unit_interval_and_differ_by_every_argument() -> None:
-    numbers = [
-        uniform_number(s, i, p) for s in (0, 1, -1, 2**63, 2**70 + 5) for i in range(3) for p in range(40)
-    ]
+    seeds = (0, 1, -1, 2**63, 2**70 + 5)
+    numbers = [UniformStream(s, i).at(p) for s in seeds for i in range(3) for p in range(40)]
     assert len(set(numbers)) == len(numbers)
     assert all(0 <= number < 1 for number in numbers)
     assert np.mean(numbers) == pytest.approx(0.5, abs=0.05)
-    assert uniform_number(7, 0, 3) == uniform_number(7, 0, 3)
+
+
+def test_random_numbers_depend_on_the_position_and_not_on_what_was_asked_before() -> None:
+    stream = UniformStream(7, 1)
+    forward = [stream.at(position) for position in range(20)]
+    assert [stream.at(position) for position in reversed(range(20))] == forward[::-1]
 
 
 TEXTS = {0: "Hello", 1: " wor", 2: "ld", 3: "\n", 4: "\n\n", 5: "User", 6: ":", 7: " ", 8: "END"}

@@ -166,7 +166,7 @@ def test_a_step_that_fails_fails_what_was_running_and_leaks_nothing(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(moe.base.model.base_model, "forward", broken)
+    monkeypatch.setattr(moe.base.model.base_model.rotary_emb, "forward", broken)
     found = run(
         moe, samples=(make_sample("a", PROMPT), make_sample("b", PROMPT, num_samples=3)), decode_budget_s=9
     )

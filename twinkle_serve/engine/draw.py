@@ -34,12 +34,6 @@ class DrawParams(NamedTuple):
     top_p: float
     uniform: float
 
-    @classmethod
-    def of(cls, params: SamplingParams, seed: int, index: int, position: int) -> DrawParams:
-        """Parameters of the token at ``position`` (0 is the first one generated) of sample ``index``."""
-        uniform = 0.0 if params.temperature == 0 else uniform_number(seed, index, position)
-        return cls(params.temperature, params.top_k, params.top_p, uniform)
-
     @property
     def truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1
@@ -56,10 +50,25 @@ class Drawn(NamedTuple):
     topk: TopK | None
 
 
-def uniform_number(seed: int, index: int, position: int) -> float:
-    """A number in [0, 1) from a hash, so that streams need no state and are the same in any batch."""
-    key = struct.pack("<QQQ", seed % 2**64, index, position)
-    return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) / 2**53
+class UniformStream:
+    """The random numbers of sample ``index`` of a request, in [0, 1): a hash of the position, so that streams
+    need no state and are the same in any batch."""
+
+    _AT_ONCE = 8
+
+    def __init__(self, seed: int, index: int) -> None:
+        self._seed = seed % 2**64
+        self._index = index
+        self._block = -1
+        self._numbers: list[float] = []
+
+    def at(self, position: int) -> float:
+        block, place = divmod(position, self._AT_ONCE)
+        if block != self._block:
+            digest = blake2b(struct.pack("<QQQ", self._seed, self._index, block)).digest()
+            self._numbers = [(bits >> 11) / 2**53 for bits in struct.unpack("<8Q", digest)]
+            self._block = block
+        return self._numbers[place]
 
 
 def draw_tokens(logits: torch.Tensor, params: Sequence[DrawParams], topk: int = 0) -> Drawn:
@@ -71,24 +80,49 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[DrawParams], topk: int = 
     assert len(params) == logits.shape[0]
     temperatures = [1.0 if p.temperature == 0 else p.temperature for p in params]
     logits -= logits.amax(dim=1, keepdim=True)  # before dividing: a tiny temperature must not overflow
-    logits /= torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
-    probabilities = logits.exp()
-    sums = _block_sums(probabilities)
-    normalizer = sums.sum(dim=1).log()
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    for draw, rows in _by_method(params):
-        index = torch.tensor(rows, device=logits.device)
-        own = [params[row] for row in rows]
-        if len(own) == len(params):
-            tokens = draw(logits, probabilities, sums, own)
-        else:
-            tokens[index] = draw(logits[index], probabilities[index], sums[index], own)
-    logprobs = (logits.gather(1, tokens[:, None]).squeeze(1).double() - normalizer).float()
+    if any(temperature != 1 for temperature in temperatures):
+        logits /= torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
+    mass = _Mass.of(logits)
+    methods = _by_method(params)
+    if len(methods) == 1:
+        tokens = methods[0][0](logits, mass, params)
+    else:
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        for draw, rows in methods:
+            index = torch.tensor(rows, device=logits.device)
+            tokens[index] = draw(logits[index], mass.of_rows(index), [params[row] for row in rows])
+    normalizer = mass.total.log()
+    logprobs = (logits.gather(1, tokens[:, None]).double() - normalizer).squeeze(1).float()
     return Drawn(tokens, logprobs, _top_k(logits, normalizer, topk) if topk > 0 else None)
 
 
-_Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[DrawParams]], torch.Tensor]
-"""(scaled logits [b, V], unnormalised probabilities [b, V], their block sums, params) -> tokens [b]."""
+class _Mass(NamedTuple):
+    """Unnormalised probabilities [b, V] of rows; float64 sums of blocks of them, [b, ceil(V / 512)], and of
+    all, [b, 1]: the same for a row in any batch."""
+
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> _Mass:
+        tokens = logits.exp()
+        num_rows, vocab_size = tokens.shape
+        whole = vocab_size - vocab_size % _BLOCK
+        parts = []
+        if whole:
+            parts.append(tokens[:, :whole].view(num_rows, -1, _BLOCK).sum(dim=2).double())
+        if whole < vocab_size:
+            parts.append(tokens[:, whole:].sum(dim=1, keepdim=True).double())
+        blocks = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return cls(tokens, blocks, blocks.sum(dim=1, keepdim=True))
+
+    def of_rows(self, index: torch.Tensor) -> _Mass:
+        return _Mass(*(part[index] for part in self))
+
+
+_Method = Callable[[torch.Tensor, _Mass, Sequence[DrawParams]], torch.Tensor]
+"""(scaled logits [b, V], their mass, params) -> tokens [b]."""
 
 
 def _by_method(params: Sequence[DrawParams]) -> list[tuple[_Method, list[int]]]:
@@ -99,31 +133,29 @@ def _by_method(params: Sequence[DrawParams]) -> list[tuple[_Method, list[int]]]:
     return [(method, rows) for method, rows in groups if rows]
 
 
-def _greedy(
-    logits: torch.Tensor, probabilities: torch.Tensor, sums: torch.Tensor, params: list[DrawParams]
-) -> torch.Tensor:
+def _greedy(logits: torch.Tensor, mass: _Mass, params: Sequence[DrawParams]) -> torch.Tensor:
     return logits.argmax(dim=1)
 
 
-def _whole(
-    logits: torch.Tensor, probabilities: torch.Tensor, sums: torch.Tensor, params: list[DrawParams]
-) -> torch.Tensor:
+def _whole(logits: torch.Tensor, mass: _Mass, params: Sequence[DrawParams]) -> torch.Tensor:
     """Invert the cumulative distribution: first which block the number falls into, then which token."""
-    vocab_size = probabilities.shape[1]
-    block, rest = _invert(sums, _uniforms(params, sums.device) * sums.sum(dim=1))
-    offsets = torch.arange(_BLOCK, device=sums.device)
-    members = (block[:, None] * _BLOCK + offsets).clamp(max=vocab_size - 1)
-    inside = probabilities.gather(1, members).double()
-    inside[block[:, None] * _BLOCK + offsets >= vocab_size] = 0
+    vocab_size = logits.shape[1]
+    block, rest = _invert(mass.blocks, _uniforms(params, logits.device) * mass.total)
+    members = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    if vocab_size % _BLOCK == 0:
+        inside = mass.tokens.gather(1, members).double()
+    else:
+        outside = members >= vocab_size
+        inside = mass.tokens.gather(1, members.clamp_(max=vocab_size - 1)).double().masked_fill_(outside, 0)
     token, _ = _invert(inside, rest)
-    return block * _BLOCK + token
+    # A row that is not finite points anywhere; its logprob will be NaN.
+    return (block * _BLOCK + token).squeeze(1).clamp_(max=vocab_size - 1)
 
 
 def _truncated(
     logits: torch.Tensor,
-    probabilities: torch.Tensor,
-    sums: torch.Tensor,
-    params: list[DrawParams],
+    mass: _Mass,
+    params: Sequence[DrawParams],
     num_candidates: int = _CANDIDATES,
 ) -> torch.Tensor:
     """The likeliest tokens, best first, cut by top_k and then by top_p, and one of them drawn."""
@@ -132,52 +164,43 @@ def _truncated(
     width = min(max(limits), num_candidates)
     top_k = torch.tensor(limits, device=device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    best, token_ids = probabilities.topk(width, dim=1)
+    best, token_ids = mass.tokens.topk(width, dim=1)
     best = best.double()
     best[:, 1:].masked_fill_(torch.arange(1, width, device=device) >= top_k[:, None], 0)
     # top_p is a share of what top_k leaves; a row that top_k does not cut here has its whole mass.
     cumulative = best.cumsum(dim=1)
-    nucleus = top_p * torch.where(top_k <= width, cumulative[:, -1], sums.sum(dim=1))
+    nucleus = top_p * torch.where(top_k <= width, cumulative[:, -1], mass.total.squeeze(1))
     best[:, 1:].masked_fill_(cumulative[:, :-1] >= nucleus[:, None], 0)
-    place, _ = _invert(best, _uniforms(params, device) * best.sum(dim=1))
-    tokens = token_ids.gather(1, place[:, None]).squeeze(1)
+    place, _ = _invert(best, _uniforms(params, device) * best.sum(dim=1, keepdim=True))
+    tokens = token_ids.gather(1, place).squeeze(1)
     if width < max(limits):
         wider = ((top_k > width) & (cumulative[:, -1] < nucleus)).nonzero().squeeze(1)
         if wider.numel():
             own = [params[row] for row in wider.tolist()]
             more = num_candidates * 16
-            tokens[wider] = _truncated(logits[wider], probabilities[wider], sums[wider], own, more)
+            tokens[wider] = _truncated(logits[wider], mass.of_rows(wider), own, more)
     return tokens
 
 
-def _uniforms(params: list[DrawParams], device: torch.device) -> torch.Tensor:
-    return torch.tensor([p.uniform for p in params], dtype=torch.float64, device=device)
-
-
-def _block_sums(probabilities: torch.Tensor) -> torch.Tensor:
-    """float64 [B, ceil(V / 512)]: sums of blocks of tokens, the same for a row in any batch."""
-    num_rows, vocab_size = probabilities.shape
-    whole = vocab_size - vocab_size % _BLOCK
-    parts = [probabilities[:, :whole].reshape(num_rows, -1, _BLOCK).sum(dim=2).double()]
-    if whole < vocab_size:
-        parts.append(probabilities[:, whole:].sum(dim=1, keepdim=True).double())
-    return torch.cat(parts, dim=1)
+def _uniforms(params: Sequence[DrawParams], device: torch.device) -> torch.Tensor:
+    """float64 [b, 1]."""
+    return torch.tensor([p.uniform for p in params], dtype=torch.float64, device=device)[:, None]
 
 
 def _invert(masses: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first index of each row whose cumulative mass exceeds ``target``, and how much of the target lies
-    inside it. Never an index without mass, however the sums were rounded."""
+    """For ``target`` [b, 1], the first index [b, 1] whose cumulative mass exceeds it, and how much of it lies
+    inside. Never an index without mass, however the sums were rounded."""
     cumulative = masses.cumsum(dim=1)
-    index = (cumulative <= target[:, None]).sum(dim=1)
-    last = masses.shape[1] - 1 - (masses > 0).flip(1).int().argmax(dim=1)
-    index = torch.minimum(index, last)[:, None]
+    total = cumulative[:, -1:]
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, target, right=True).clamp_(max=masses.shape[1] - 1)
     before = cumulative.gather(1, index) - masses.gather(1, index)
-    return index.squeeze(1), (target - before.squeeze(1)).clamp(min=0)
+    return index, (target - before).clamp_(min=0)
 
 
 def _top_k(logits: torch.Tensor, normalizer: torch.Tensor, k: int) -> TopK:
     best, token_ids = logits.topk(min(k, logits.shape[1]), dim=1)
-    logprobs = (best.double() - normalizer[:, None]).float()
+    logprobs = (best.double() - normalizer).float()
     shape = (logits.shape[0], k)
     result = TopK(np.full(shape, _EMPTY_CELL[0], np.int32), np.full(shape, _EMPTY_CELL[1], np.float32))
     result.token_ids[:, : best.shape[1]] = token_ids.cpu().numpy()

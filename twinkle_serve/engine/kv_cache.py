@@ -39,7 +39,11 @@ class Rows:
 
 
 class KVCache:
-    """Keys and values of all layers, ``[rows, kv_heads, head_dim]`` each, and who uses which block."""
+    """Keys and values of all layers, and who uses which block.
+
+    pages: for each layer ``[rows, 2, kv_heads, head_dim]``, a row's key beside its value, so that both are
+    written and read at once. keys, values: views of them.
+    """
 
     def __init__(
         self,
@@ -51,10 +55,11 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.num_blocks = max(1, num_tokens // BLOCK_TOKENS)
-        shape = (self.num_blocks * BLOCK_TOKENS, kv_heads, head_dim)
-        # torch.empty leaves pages untouched on the CPU; blocks are handed out lowest first to keep it so.
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (self.num_blocks * BLOCK_TOKENS, 2, kv_heads, head_dim)
+        # torch.empty leaves memory untouched on the CPU; blocks are handed out lowest first to keep it so.
+        self.pages = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [pages[:, 0] for pages in self.pages]
+        self.values = [pages[:, 1] for pages in self.pages]
         self.device = device
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._users = [0] * self.num_blocks
@@ -116,8 +121,8 @@ class KVCache:
         if full < len(child.blocks):
             source, target = rows.blocks[full] * BLOCK_TOKENS, child.blocks[full] * BLOCK_TOKENS
             used = rows.length - full * BLOCK_TOKENS
-            for cache in (*self.keys, *self.values):
-                cache[target : target + used] = cache[source : source + used]
+            for pages in self.pages:
+                pages[target : target + used] = pages[source : source + used]
         return child
 
     def release(self, rows: Rows) -> None:
@@ -134,7 +139,30 @@ class KVCache:
         rows.blocks, rows.length = [], 0
 
 
-class PrefillAttend:
+class _CachedAttend:
+    """What both ways to attend share: ``rows`` is theirs, and the modules' interface is made of it."""
+
+    def rows(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float | None, window: int | None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See attention.Attend."""
+        kv = torch.stack([key[0].transpose(0, 1), value[0].transpose(0, 1)], 1)
+        out = self.rows(layer, query[0].transpose(0, 1), kv, scale, window)
+        return out.view(1, query.shape[2], query.shape[1], query.shape[3])
+
+
+class PrefillAttend(_CachedAttend):
     """Attention of chunks that lie end to end: each sees its sequence's cached tokens and itself, causally.
 
     chunks: (rows, first position, number of new tokens). Stores the new keys and values.
@@ -150,29 +178,25 @@ class PrefillAttend:
         self._read = [rows.indices(0, start + count).to(cache.device) for rows, start, count in chunks]
         self._masks: dict[int | None, list[torch.Tensor]] = {}
 
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float | None,
-        window: int | None,
+    def rows(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float | None, window: int | None
     ) -> torch.Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(0, self._write, key[0].transpose(0, 1))
-        values.index_copy_(0, self._write, value[0].transpose(0, 1))
+        """query [T, Hq, D], kv [T, 2, Hkv, D] -> [T, Hq * D]."""
+        pages = self._cache.pages[layer]
+        pages.index_copy_(0, self._write, kv)
+        heads = query.transpose(0, 1).unsqueeze(0)
         if self._fresh is not None:
-            return self._fresh(layer, query, key, value, scale, window)
+            key, value = (part.transpose(0, 1).unsqueeze(0) for part in kv.unbind(1))
+            return self._fresh(layer, heads, key, value, scale, window)[0].flatten(1)
         outputs = []
-        parts = zip(self._read, query.split(self._counts, 2), self._masks_of(window), strict=True)
+        parts = zip(self._read, heads.split(self._counts, 2), self._masks_of(window), strict=True)
         for read, q, mask in parts:
-            k, v = (cache.index_select(0, read).transpose(0, 1).unsqueeze(0) for cache in (keys, values))
+            k, v = pages.index_select(0, read).permute(1, 2, 0, 3).unsqueeze(1)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
-            outputs.append(out.transpose(1, 2))
-        return torch.cat(outputs, 1)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs).flatten(1)
 
     def _masks_of(self, window: int | None) -> list[torch.Tensor]:
         """Layers of one kind share their masks."""
@@ -184,41 +208,32 @@ class PrefillAttend:
         return self._masks[window]
 
 
-class DecodeAttend:
+class DecodeAttend(_CachedAttend):
     """Attention of one new token per sequence to everything cached of it. Stores the new key and value."""
 
     def __init__(self, cache: KVCache, sequences: Sequence[Rows]) -> None:
         self._cache = cache
-        self._lengths = [rows.length + 1 for rows in sequences]
-        self._buckets = [
-            _Bucket(sequences, members, cache.device) for members in _bucket_by_length(self._lengths)
-        ]
+        lengths = [rows.length + 1 for rows in sequences]
+        self._buckets = [_Bucket(sequences, members, cache.device) for members in _bucket_by_length(lengths)]
         write = [
             rows.blocks[rows.length // BLOCK_TOKENS] * BLOCK_TOKENS + rows.length % BLOCK_TOKENS
             for rows in sequences
         ]
-        self._write = torch.tensor(write).to(cache.device)
+        self._write = torch.tensor(write, device=cache.device)
 
-    def __call__(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float | None,
-        window: int | None,
+    def rows(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float | None, window: int | None
     ) -> torch.Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(0, self._write, key[0].transpose(0, 1))
-        values.index_copy_(0, self._write, value[0].transpose(0, 1))
-        rows = query[0].transpose(0, 1)  # [B, Hq, D]
+        """query [B, Hq, D], kv [B, 2, Hkv, D] -> [B, Hq * D]."""
+        pages = self._cache.pages[layer]
+        pages.index_copy_(0, self._write, kv)
         if len(self._buckets) == 1:
-            return self._buckets[0].attend(rows, keys, values, scale, window).unsqueeze(0)
-        out = torch.empty_like(rows)
+            return self._buckets[0].attend(query, pages, scale, window)
+        out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         for bucket in self._buckets:
-            part = bucket.attend(rows.index_select(0, bucket.members), keys, values, scale, window)
+            part = bucket.attend(query.index_select(0, bucket.members), pages, scale, window)
             out.index_copy_(0, bucket.members, part)
-        return out.unsqueeze(0)
+        return out
 
 
 class _Bucket:
@@ -237,49 +252,41 @@ class _Bucket:
             blocks = sequences[i].blocks[:num_blocks]
             table[row, : len(blocks)] = blocks
         read = (table[:, :, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)).reshape(len(members), -1)
-        positions = np.arange(self._longest)
-        inside = positions < np.asarray(lengths)[:, None]
-        read = np.where(inside, read[:, : self._longest], read[:, :1])
-        self.members = torch.tensor(members).to(device)
-        self._read = torch.from_numpy(read.reshape(-1)).to(device)
-        self._lengths = torch.tensor(lengths).to(device)
         self._padded = min(lengths) < self._longest
+        read = read[:, : self._longest]
+        if self._padded:
+            inside = np.arange(self._longest) < np.asarray(lengths)[:, None]
+            read = np.where(inside, read, read[:, :1])
+        self.members = torch.tensor(members, device=device)
+        self._read = torch.from_numpy(read.reshape(-1)).to(device)
+        self._lengths = lengths
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float | None,
-        window: int | None,
+        self, query: torch.Tensor, pages: torch.Tensor, scale: float | None, window: int | None
     ) -> torch.Tensor:
-        """query [b, Hq, D] -> [b, Hq, D]."""
-        count = query.shape[0]
-        k, v = (
-            cache.index_select(0, self._read).view(count, self._longest, *cache.shape[1:]).transpose(1, 2)
-            for cache in (keys, values)
-        )
-        out = F.scaled_dot_product_attention(
-            query.unsqueeze(2),
-            k,
-            v,
-            attn_mask=self._mask(window),
-            scale=scale,
-            enable_gqa=query.shape[1] != k.shape[1],
-        )
-        return out.squeeze(2)
+        """query [b, Hq, D] -> [b, Hq * D]."""
+        count, kv_heads, dim = query.shape[0], pages.shape[2], pages.shape[3]
+        read = pages.index_select(0, self._read).view(count, self._longest, 2, kv_heads, dim)
+        k, v = read.permute(2, 0, 3, 1, 4).unbind(0)
+        # Query heads that share a key head stand where a sequence's positions would: all see the same.
+        q = query.reshape(count, kv_heads, -1, dim)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(window, query), scale=scale)
+        return out.reshape(count, -1)
 
-    def _mask(self, window: int | None) -> torch.Tensor | None:
-        """bool [b, 1, 1, longest], shared by the layers of one kind; None where everything is allowed."""
+    def _mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+        """0 or -inf [b, 1, 1, longest], shared by the layers of one kind; None where all is allowed."""
         if window is not None and window >= self._longest:
             window = None
         if window not in self._masks:
-            position = torch.arange(self._longest, device=self._lengths.device)[None, :]
-            allowed = position < self._lengths[:, None]
-            if window is not None:
-                allowed &= position >= self._lengths[:, None] - window
-            self._masks[window] = allowed[:, None, None, :] if self._padded or window is not None else None
+            self._masks[window] = None
+            if self._padded or window is not None:
+                position, ends = np.arange(self._longest)[None, :], np.asarray(self._lengths)[:, None]
+                hidden = position >= ends
+                if window is not None:
+                    hidden |= position < ends - window
+                mask = torch.from_numpy(np.where(hidden, -np.inf, 0.0)[:, None, None, :])
+                self._masks[window] = mask.to(like.device, like.dtype)
         return self._masks[window]
 
 

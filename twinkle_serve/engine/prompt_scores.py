@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.draw import DrawParams, draw_tokens
+from twinkle_serve.engine.draw import DrawParams, UniformStream, draw_tokens
 from twinkle_serve.engine.sequences import Job, PromptScores
 from twinkle_serve.engine.slots import Segment, trained_groups
 
@@ -71,16 +71,17 @@ def _draw_alternatives(
     """k independent draws at each position at the request's temperature, a few rows of logits at a time."""
     assert scores.alternatives is not None
     k, params = job.request.prompt_alt_tokens_k, job.request.params
+    streams = [UniformStream(job.seed, _ALTERNATIVES + draw) for draw in range(k)]
     step = max(1, base.config.logits_chunk_tokens // k)
     for position in range(first, end, step):
         rows = hidden[position - first : min(position + step, end) - first]
         logits = base.full_logits(rows, _segments(job, rows.shape[0])).repeat_interleave(k, 0)
-        streams = [
-            DrawParams.of(params, job.seed, _ALTERNATIVES + draw, position + row)
+        draws = [
+            DrawParams(params.temperature, params.top_k, params.top_p, stream.at(position + row))
             for row in range(rows.shape[0])
-            for draw in range(k)
+            for stream in streams
         ]
-        drawn = draw_tokens(logits, streams)
+        drawn = draw_tokens(logits, draws)
         places = slice(position, position + rows.shape[0])
         scores.alternatives.token_ids[places] = drawn.tokens.view(-1, k).cpu().numpy()
         scores.alternatives.logprobs[places] = drawn.logprobs.view(-1, k).cpu().numpy()

@@ -1,60 +1,78 @@
-"""The adapters that samples are drawn with: frozen weights by name, the most recently used ones at hand.
+"""The adapters that samples are drawn with, by name: the ones in use and the most recently used ones at hand.
 
-Knows snapshots and checkpoint directories. Does not know requests or who may use which adapter.
+Knows snapshots and checkpoint directories. Does not know requests or who may use which adapter, nor how
+adapters share the device's memory (adapter_pool.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
-import torch
+from collections import Counter, OrderedDict
 
 from twinkle_serve.engine.adapter_files import load_adapter
+from twinkle_serve.engine.adapter_pool import AdapterPool, Pooled, PoolFull
 from twinkle_serve.engine.layout import AdapterLayout
 from twinkle_serve.engine.page_store import PageStore
-from twinkle_serve.engine.slots import Adapter, AdapterState
+from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import read_state
 from twinkle_serve.protocol.work import AdapterRef
 from twinkle_serve.storage.checkpoints import STATE_SUFFIX
 
 
 class SampleAdapters:
-    """A cache of ``capacity`` adapters on the device. One that a running request holds stays usable after it
-    was dropped from the cache, so eviction is never seen by a client."""
+    """Adapters stay in the pool until their place is needed. One that a running request holds is never
+    evicted, so eviction is never seen by a client."""
 
-    def __init__(
-        self,
-        layout: AdapterLayout,
-        snapshots: PageStore,
-        capacity: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, layout: AdapterLayout, snapshots: PageStore, pool: AdapterPool) -> None:
         self._layout = layout
         self._snapshots = snapshots
-        self._capacity = capacity
-        self._device = device
-        self._dtype = dtype
-        self._cache: OrderedDict[str, Adapter] = OrderedDict()
+        self.pool = pool
+        self._at_hand: OrderedDict[str, Pooled] = OrderedDict()  # the least recently used first
+        self._dropped: list[Pooled] = []  # without a name, but in use
+        self._users: Counter[int] = Counter()  # by first row
 
-    def get(self, ref: AdapterRef) -> Adapter:
-        """The adapter of ``ref``. Raises KeyError for a snapshot that is gone, and what load_adapter raises
-        for a checkpoint."""
-        found = self._cache.get(ref.adapter)
+    def hold(self, ref: AdapterRef) -> Pooled:
+        """The adapter of ``ref``, which stays where it is until it is let go as often as it was held.
+
+        Raises PoolFull while adapters in use leave no room, KeyError for a snapshot that is gone, and what
+        AdapterPool.put and load_adapter raise.
+        """
+        found = self._at_hand.get(ref.adapter)
         if found is None:
-            in_memory = ref.directory is None
-            state = self._snapshots.get(ref.adapter) if in_memory else self._read(str(ref.directory))
-            found = Adapter(self._layout, state.spec, state.weights.to(self._device), dtype=self._dtype)
-            self._cache[ref.adapter] = found
-        self._cache.move_to_end(ref.adapter)
-        while len(self._cache) > self._capacity:
-            self._cache.popitem(last=False)
+            found = self._place(self._read(ref))
+            self._at_hand[ref.adapter] = found
+        self._at_hand.move_to_end(ref.adapter)
+        self._users[found.first] += 1
         return found
 
-    def _read(self, path: str) -> AdapterState:
-        if path.endswith(STATE_SUFFIX):
-            return read_state(path)
-        return load_adapter(path, self._layout, optimizer=False)
+    def let_go(self, pooled: Pooled) -> None:
+        self._users[pooled.first] -= 1
+        if self._users[pooled.first] == 0 and pooled in self._dropped:
+            self._dropped.remove(pooled)
+            self.pool.remove(pooled)
 
     def drop(self, name: str) -> None:
-        self._cache.pop(name, None)
+        """Nobody will ask for it any more; whoever holds it goes on."""
+        pooled = self._at_hand.pop(name, None)
+        if pooled is None:
+            return
+        if self._users[pooled.first]:
+            self._dropped.append(pooled)
+        else:
+            self.pool.remove(pooled)
+
+    def _place(self, state: AdapterState) -> Pooled:
+        while True:
+            try:
+                return self.pool.put(state)
+            except PoolFull:
+                idle = next((name for name, p in self._at_hand.items() if not self._users[p.first]), None)
+                if idle is None:
+                    raise
+                self.drop(idle)
+
+    def _read(self, ref: AdapterRef) -> AdapterState:
+        if ref.directory is None:
+            return self._snapshots.get(ref.adapter)
+        if ref.directory.endswith(STATE_SUFFIX):
+            return read_state(ref.directory)
+        return load_adapter(ref.directory, self._layout, optimizer=False)

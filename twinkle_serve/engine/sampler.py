@@ -19,16 +19,15 @@ from pathlib import Path
 import torch
 
 from twinkle_serve.config import SamplerConfig
+from twinkle_serve.engine.adapter_pool import PoolFull
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.draw import DrawParams, StopRule, draw_tokens
-from twinkle_serve.engine.kv_cache import DecodeAttend, KVCache, OutOfBlocks, PrefillAttend
-from twinkle_serve.engine.layout import Group
-from twinkle_serve.engine.packing import make_segments
+from twinkle_serve.engine.draw import StopRule, UniformStream, draw_tokens
+from twinkle_serve.engine.kv_cache import BLOCK_TOKENS, DecodeAttend, KVCache, OutOfBlocks, PrefillAttend
 from twinkle_serve.engine.prefixes import remember, reuse
 from twinkle_serve.engine.prompt_scores import score_prompt
 from twinkle_serve.engine.sample_adapters import SampleAdapters
+from twinkle_serve.engine.sample_pass import SamplePass
 from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
-from twinkle_serve.engine.slots import Segment
 from twinkle_serve.engine.text import TokenText
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample
 from twinkle_serve.storage.checkpoints import CheckpointError
@@ -49,6 +48,7 @@ class Sampler:
         self._adapters = adapters
         self._config = config
         self._text = TokenText(directory)
+        self._pass = SamplePass(base, adapters.pool)
         shape = base.model.config
         self._cache = KVCache(
             num_layers=shape.num_hidden_layers,
@@ -62,6 +62,8 @@ class Sampler:
         self._running: dict[str, Job] = {}
         self._prefilling: deque[Sequence] = deque()
         self._decoding: list[Sequence] = []
+        self._ended: list[Sequence] = []
+        self._pool_is_full = False
 
     @property
     def num_active(self) -> int:
@@ -85,9 +87,8 @@ class Sampler:
         for sample in samples:
             try:
                 self._waiting.append(self._job(sample))
-            except (ValueError, KeyError, OSError, CheckpointError) as error:
-                logger.info("sample %s refused: %r", sample.request_id, error)
-                yield Outcome(sample.request_id, failure=_refusal(error))
+            except (ValueError, OSError) as error:
+                yield _refusal(sample, error)
         deadline = time.perf_counter() + budget_s
         while self.num_active and budget_s > 0:
             try:
@@ -117,7 +118,6 @@ class Sampler:
         seed = request.params.seed
         return Job(
             sample=sample,
-            adapter=None if sample.adapter is None else self._adapters.get(sample.adapter),
             max_tokens=room if wanted is None else min(room, wanted),
             seed=random.getrandbits(63) if seed is None else seed,
             scores=PromptScores.of(request),
@@ -130,6 +130,7 @@ class Sampler:
             self._forget(job)
 
     def _forget(self, job: Job) -> None:
+        self._let_go(job)
         for sequence in job.sequences:
             self._cache.release(sequence.rows)
         self._prefilling = deque(s for s in self._prefilling if s.job is not job)
@@ -142,8 +143,13 @@ class Sampler:
             del self._running[request_id]
             yield Outcome(request_id, failure=Failure("internal error while sampling", "server"))
 
+    def _let_go(self, job: Job) -> None:
+        if job.pooled is not None:
+            self._adapters.let_go(job.pooled)
+            self._pool_is_full = False
+
     def _step(self) -> Iterator[Outcome]:
-        self._admit()
+        yield from self._admit()
         with torch.no_grad():
             chunks = self._plan_prefill()
             if chunks:
@@ -161,12 +167,25 @@ class Sampler:
                 job.told_at = now
                 yield Progress(request_id, news)
 
-    def _admit(self) -> None:
+    def _admit(self) -> Iterator[Outcome]:
+        if not self._waiting or self._pool_is_full:
+            return
         num_sequences = sum(job.request.num_samples for job in self._running.values())
         while self._waiting:
             job = self._waiting[0]
             if self._running and num_sequences + job.request.num_samples > self._config.max_batch:
                 return
+            try:
+                job.pooled = None if job.sample.adapter is None else self._adapters.hold(job.sample.adapter)
+            except PoolFull:
+                # Until one of the jobs that hold the other adapters is over.
+                assert self._running, "an adapter that fits the pool was refused by an unused one"
+                self._pool_is_full = True
+                return
+            except (ValueError, KeyError, OSError, CheckpointError) as error:
+                self._waiting.popleft()
+                yield _refusal(job.sample, error)
+                continue
             self._waiting.popleft()
             num_sequences += job.request.num_samples
             self._running[job.sample.request_id] = job
@@ -175,7 +194,7 @@ class Sampler:
 
     def _sequence(self, job: Job, index: int) -> Sequence:
         stop = StopRule(job.request.params, self._text.decode)
-        return Sequence(job, index, job.request.prompt.tolist(), stop)
+        return Sequence(job, index, job.request.prompt.tolist(), stop, UniformStream(job.seed, index))
 
     def _plan_prefill(self) -> list[tuple[Sequence, int]]:
         """(sequence, number of tokens) to prefill now, oldest first, as far as budget and cache go."""
@@ -223,18 +242,17 @@ class Sampler:
             self._cache.release(others[-1].rows)
         elif blocked.num_generated:
             self._prefilling.remove(blocked)
-            blocked.stop_reason = "length"
+            self._end(blocked, "length")
         else:
             raise AssertionError("a prompt that fits the cache was refused by an empty cache")
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> None:
-        chunks = sorted(chunks, key=lambda chunk: chunk[0].job.adapter_name)
+        chunks = sorted(chunks, key=lambda chunk: chunk[0].job.place)
         spans = [(sequence, sequence.rows.length, count) for sequence, count in chunks]
         tokens = [t for s, start, n in spans for t in s.tokens[start : start + n]]
         positions = [p for _, start, n in spans for p in range(start, start + n)]
         attend = PrefillAttend(self._cache, [(s.rows, start, n) for s, start, n in spans])
-        segments = make_segments((s.job.adapter, n) for s, _, n in spans)
-        hidden = self._forward(tokens, positions, attend, segments)
+        hidden = self._pass.hidden_states(tokens, positions, attend, [(s.job.pooled, n) for s, _, n in spans])
         ends, end = [], 0
         for sequence, start, count in spans:
             score_prompt(self._base, sequence.job, start, hidden[end : end + count])
@@ -250,7 +268,7 @@ class Sampler:
 
     def _continue(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
         """Draw the next token after a completed prefill; a fresh prompt starts all its samples here."""
-        logits = self._logits(sequences, hidden)
+        logits = self._pass.logits(hidden, [(sequence.job.pooled, 1) for sequence in sequences])
         drawers: list[Sequence] = []
         rows: list[int] = []
         for row, sequence in enumerate(sequences):
@@ -282,6 +300,8 @@ class Sampler:
     def _make_room(self) -> bool:
         """Room for one more token of every running sequence, if need be by pausing the youngest ones."""
         for sequence in list(self._decoding):
+            if sequence.rows.length < len(sequence.rows.blocks) * BLOCK_TOKENS:
+                continue
             while sequence in self._decoding:
                 try:
                     self._cache.grow(sequence.rows, sequence.rows.length + 1)
@@ -293,66 +313,55 @@ class Sampler:
     def _pause(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
         if not self._decoding and not any(other.rows.blocks for other in self._prefilling):
-            sequence.stop_reason = "length"  # it fills the whole cache alone
+            self._end(sequence, "length")  # it fills the whole cache alone
             return
         self._release(sequence)
         self._prefilling.appendleft(sequence)
 
     def _decode(self) -> None:
-        batch = sorted(self._decoding, key=lambda sequence: sequence.job.adapter_name)
-        segments = make_segments((sequence.job.adapter, 1) for sequence in batch)
-        hidden = self._forward(
+        batch = sorted(self._decoding, key=lambda sequence: sequence.job.place)
+        stretches = [(sequence.job.pooled, 1) for sequence in batch]
+        hidden = self._pass.hidden_states(
             [sequence.tokens[-1] for sequence in batch],
             [sequence.rows.length for sequence in batch],
             DecodeAttend(self._cache, [sequence.rows for sequence in batch]),
-            segments,
+            stretches,
         )
         for sequence in batch:
             sequence.rows.length += 1
-        self._draw(batch, self._base.full_logits(hidden, segments["unembed"]))
-        self._decoding = [sequence for sequence in self._decoding if sequence.stop_reason is None]
-
-    def _forward(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        attend: PrefillAttend | DecodeAttend,
-        segments: dict[Group, list[Segment]],
-    ) -> torch.Tensor:
-        self._base.segments.set(segments)
-        device = self._base.device
-        return self._base.hidden_states(
-            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attend
-        )
-
-    def _logits(self, sequences: list[Sequence], hidden: torch.Tensor) -> torch.Tensor:
-        segments = make_segments((sequence.job.adapter, 1) for sequence in sequences)
-        return self._base.full_logits(hidden, segments["unembed"])
+        self._draw(batch, self._pass.logits(hidden, stretches))
+        if self._ended:
+            self._decoding = [sequence for sequence in self._decoding if sequence.stop_reason is None]
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Append a drawn token to each sequence from its row of ``logits`` [B, V]."""
-        params = [
-            DrawParams.of(s.job.request.params, s.job.seed, s.index, s.num_generated) for s in sequences
-        ]
+        params = [sequence.next_draw() for sequence in sequences]
         k = max(s.job.request.topk_sample_logprobs for s in sequences)
         drawn = draw_tokens(logits, params, k)
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         for row, sequence in enumerate(sequences):
             sequence.append(tokens[row], logprobs[row])
-            wanted = sequence.job.request.topk_sample_logprobs
-            if wanted:
-                assert drawn.topk is not None
-                sequence.topk_ids.append(drawn.topk.token_ids[row, :wanted])
-                sequence.topk_logprobs.append(drawn.topk.logprobs[row, :wanted])
+            if sequence.stop_reason is not None:
+                self._ended.append(sequence)
+        if drawn.topk is not None:
+            for row, sequence in enumerate(sequences):
+                wanted = sequence.job.request.topk_sample_logprobs
+                if wanted:
+                    sequence.topk_ids.append(drawn.topk.token_ids[row, :wanted])
+                    sequence.topk_logprobs.append(drawn.topk.logprobs[row, :wanted])
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.stop_reason = reason
+        self._ended.append(sequence)
 
     def _finished(self) -> Iterator[Outcome]:
-        for request_id, job in list(self._running.items()):
-            for sequence in job.sequences:
-                if sequence.stop_reason is not None:
-                    # At once: a job's last sample may need the room of those that ended before it.
-                    self._release(sequence)
-            if job.done:
-                del self._running[request_id]
+        ended, self._ended = self._ended, []
+        for sequence in ended:
+            # At once: a job's last sample may need the room of those that ended before it.
+            self._release(sequence)
+        for job in {id(sequence.job): sequence.job for sequence in ended}.values():
+            if job.done and self._running.pop(job.sample.request_id, None) is not None:
+                self._let_go(job)
                 yield _outcome(job)
 
 
@@ -364,7 +373,10 @@ def _outcome(job: Job) -> Outcome:
     return Outcome(job.sample.request_id, failure=Failure(f"the logits are not finite: {advice}"))
 
 
-def _refusal(error: Exception) -> Failure:
-    if isinstance(error, ValueError):
-        return Failure(str(error))
-    return Failure("the weights to sample from are gone or damaged")
+def _refusal(sample: Sample, error: Exception) -> Outcome:
+    logger.info("sample %s refused: %r", sample.request_id, error)
+    # What else is wrong with a checkpoint names a path, which is not the user's to know.
+    message = (
+        str(error) if isinstance(error, ValueError) else "the weights to sample from are gone or damaged"
+    )
+    return Outcome(sample.request_id, failure=Failure(message))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from twinkle_serve.engine.draw import StopRule
+from twinkle_serve.engine.adapter_pool import Pooled
+from twinkle_serve.engine.draw import DrawParams, StopRule, UniformStream
 from twinkle_serve.engine.kv_cache import Rows
 from twinkle_serve.engine.slots import Adapter
 from twinkle_serve.protocol.data import SampleDelta, SampledSequence, SampleRequest, SampleResult, TopK
@@ -73,6 +74,7 @@ class Sequence:
     index: int
     tokens: list[int]
     stop: StopRule
+    uniforms: UniformStream
     rows: Rows = field(default_factory=Rows)
     logprobs: list[float] = field(default_factory=list)
     topk_ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
@@ -87,6 +89,12 @@ class Sequence:
     @property
     def num_uncached(self) -> int:
         return len(self.tokens) - self.rows.length
+
+    def next_draw(self) -> DrawParams:
+        """How its next token is drawn."""
+        params = self.job.request.params
+        uniform = 0.0 if params.temperature == 0 else self.uniforms.at(self.num_generated)
+        return DrawParams(params.temperature, params.top_k, params.top_p, uniform)
 
     def append(self, token: int, logprob: float) -> None:
         """Add a drawn token; sets ``stop_reason`` if it is the last one."""
@@ -118,26 +126,34 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One sampling request. ``max_tokens`` is bounded by the context; ``seed`` is always a number."""
+    """One sampling request. ``max_tokens`` is bounded by the context; ``seed`` is always a number.
+
+    pooled: its adapter, from its admission on; None for the base model.
+    """
 
     sample: Sample
-    adapter: Adapter | None
     max_tokens: int
     seed: int
     scores: PromptScores | None
+    pooled: Pooled | None = None
     sequences: list[Sequence] = field(default_factory=list)
     num_cached_tokens: int = 0
     told_at: float = 0.0
 
     @property
-    def adapter_name(self) -> str:
-        """What batches are sorted by: the same on every rank. Empty for the base model."""
-        return "" if self.sample.adapter is None else self.sample.adapter.adapter
+    def adapter(self) -> Adapter | None:
+        return None if self.pooled is None else self.pooled.adapter
+
+    @property
+    def place(self) -> int:
+        """What batches are sorted by: where in the pool the adapter is. The base model comes first."""
+        return -1 if self.pooled is None else self.pooled.first
 
     @property
     def owner(self) -> str:
         """Whose sequences may share cached prefixes: one tenant's, with one adapter."""
-        return f"{self.sample.tenant}\0{self.adapter_name}"
+        adapter = self.sample.adapter
+        return f"{self.sample.tenant}\0{'' if adapter is None else adapter.adapter}"
 
     @property
     def reusable_tokens(self) -> int:

@@ -1,0 +1,76 @@
+"""Which adapters stay in the pool: those in use always, others until their place is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_adapter_pool import LAYOUT, pool, state
+from twinkle_serve.engine.adapter_pool import PoolFull
+from twinkle_serve.engine.page_store import PageStore
+from twinkle_serve.engine.sample_adapters import SampleAdapters
+from twinkle_serve.protocol.work import AdapterRef
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> SampleAdapters:
+    """Snapshots a, b, c of rank 4 each, and room for two."""
+    store = PageStore(tmp_path, host_bytes=2**20)
+    for seed, name in enumerate("abc"):
+        store.put(name, state(4, seed=seed))
+    return SampleAdapters(LAYOUT, store, pool(8))
+
+
+def test_one_that_is_held_stays_and_an_idle_one_goes(adapters: SampleAdapters) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    b = adapters.hold(AdapterRef("b"))
+    with pytest.raises(PoolFull):
+        adapters.hold(AdapterRef("c"))
+    adapters.let_go(b)
+    weights = a.adapter.weights.clone()
+    c = adapters.hold(AdapterRef("c"))
+    assert c.first == b.first
+    assert a.adapter.weights.equal(weights)
+    assert adapters.hold(AdapterRef("a")) is a
+
+
+def test_it_is_held_as_often_as_it_was_asked_for(adapters: SampleAdapters) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    adapters.hold(AdapterRef("a"))
+    adapters.hold(AdapterRef("b"))
+    adapters.let_go(a)
+    with pytest.raises(PoolFull):
+        adapters.hold(AdapterRef("c"))
+    adapters.let_go(a)
+    assert adapters.hold(AdapterRef("c")).first == a.first
+
+
+def test_the_least_recently_used_one_goes_first(adapters: SampleAdapters) -> None:
+    for name in ("a", "b", "a"):
+        adapters.let_go(adapters.hold(AdapterRef(name)))
+    a = adapters.hold(AdapterRef("a"))
+    assert adapters.hold(AdapterRef("c")).first != a.first
+
+
+def test_a_dropped_one_in_use_keeps_its_place_until_it_is_let_go(adapters: SampleAdapters) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    adapters.hold(AdapterRef("b"))
+    adapters.drop("a")
+    with pytest.raises(PoolFull):
+        adapters.hold(AdapterRef("c"))
+    adapters.let_go(a)
+    assert adapters.hold(AdapterRef("c")).first == a.first
+
+
+def test_a_dropped_name_is_read_again(adapters: SampleAdapters) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    adapters.let_go(a)
+    adapters.drop("a")
+    adapters.drop("never heard of")
+    assert adapters.hold(AdapterRef("a")) is not a
+
+
+def test_a_snapshot_that_is_gone_is_said_so(adapters: SampleAdapters) -> None:
+    with pytest.raises(KeyError):
+        adapters.hold(AdapterRef("z"))

@@ -1,0 +1,281 @@
+"""The base model without gradients, as a straight line of few operators: what sampling runs.
+
+A decode step has few rows, so what it costs beyond reading the weights is the number of operators and Python
+calls. The same weights as in training, in the usual pre-norm layer of Llama, Mistral, Qwen2, Qwen3 and
+Qwen3-MoE; it is used only where its numbers agree with those of the modules (``Inference.of``). Knows layers
+and low-rank products; does not know sequences, blocks of the cache, or backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from twinkle_serve.engine.adapter_pool import Block
+from twinkle_serve.engine.attention import PackedCausal
+from twinkle_serve.engine.base_model import BaseModel
+from twinkle_serve.engine.inference_mlp import Mlp, Projection, mlp_of, product
+from twinkle_serve.engine.norms import FrozenRMSNorm
+
+logger = logging.getLogger(__name__)
+
+_PROBE = 7
+_TOLERANCE = 1e-4
+
+
+class RowAttend(Protocol):
+    """Attention of packed rows that also stores their keys and values: query [T, Hq, D], kv [T, 2, Hkv, D]
+    -> [T, Hq * D]."""
+
+    def rows(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float | None, window: int | None
+    ) -> torch.Tensor: ...
+
+
+class Norm:
+    """norms.FrozenRMSNorm with fewer operators where float32 needs no conversions."""
+
+    def __init__(self, module: FrozenRMSNorm) -> None:
+        self._weight = module.weight
+        self._width = module.weight.shape[-1]
+        self._plain = module.weight.dtype == torch.float32
+        self._module = module
+        self._eps = torch.full((1,), module.eps, device=module.weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._plain:
+            return self._module(x)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(self._eps, norm, norm, value=1 / self._width).rsqrt_()).mul_(self._weight)
+
+
+class HeadNorms:
+    """The norms over each head of query and key, in place."""
+
+    def __init__(self, query: FrozenRMSNorm, key: FrozenRMSNorm, heads: tuple[int, int]) -> None:
+        self._modules, self._heads = (query, key), heads
+        self._together = query.weight.dtype == torch.float32 and query.eps == key.eps
+        self._width = query.weight.shape[0]
+        weights = [m.weight.expand(n, -1) for m, n in zip(self._modules, heads, strict=True)]
+        self._weight = torch.cat(weights).detach()
+        self._eps = torch.full((1,), query.eps, device=query.weight.device)
+
+    def __call__(self, heads: torch.Tensor) -> None:
+        """heads: [T, Hq + Hkv, D]."""
+        if self._together:
+            norm = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
+            scale = torch.addcmul(self._eps, norm, norm, value=1 / self._width).rsqrt_()
+            heads.mul_(scale).mul_(self._weight)
+        else:
+            for module, part in zip(self._modules, heads.split(self._heads, 1), strict=True):
+                part.copy_(module(part))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer."""
+
+    attention_norm: Norm
+    query: Projection
+    key: Projection
+    value: Projection
+    head_norms: HeadNorms | None
+    out: Projection
+    scale: float | None
+    window: int | None
+    mlp_norm: Norm
+    mlp: Mlp
+
+
+class Inference:
+    """Use ``of``. ``head_dim``: of keys and queries alike."""
+
+    def __init__(self, base: BaseModel, layers: Sequence[_Layer], norm: Norm, head_dim: int) -> None:
+        self._base = base
+        self._layers = layers
+        self._norm = norm
+        self._head_dim = head_dim
+        self._embedding: nn.Module = base.model.get_input_embeddings()
+        self._rotary: nn.Module = base.model.base_model.rotary_emb
+        query, key = layers[0].query.width, layers[0].key.width
+        self._widths = (query, key, key)
+        self._num_heads = (query // head_dim, key // head_dim)
+
+    @classmethod
+    def of(cls, base: BaseModel) -> Inference | None:
+        """None where the model's layers are not the usual ones, or the numbers disagree."""
+        found = _recognize(base)
+        if found is None:
+            logger.info("%s is sampled through its modules", base.info.arch)
+            return None
+        error = found._error()
+        if not error <= (_TOLERANCE if base.dtype == torch.float32 else 0.1):
+            logger.warning("%s is sampled through its modules: they differ by %.2g", base.info.arch, error)
+            return None
+        return found
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attend: RowAttend,
+        blocks: Sequence[Block] = (),
+    ) -> torch.Tensor:
+        """Final hidden states [T, H] of packed int64 rows [T]."""
+        x = self._embedding(token_ids)
+        cos, sin = self._rotary(x, position_ids.unsqueeze(0))
+        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1).clone()
+        sin[..., : self._head_dim // 2].neg_()  # for the half that rotation turns around
+        for index, layer in enumerate(self._layers):
+            h = layer.attention_norm(x)
+            query, kv = self._project(layer, h, cos, sin, blocks)
+            attended = attend.rows(index, query, kv, layer.scale, layer.window)
+            x = layer.out.add_to(x, attended, blocks)
+            x = layer.mlp(x, layer.mlp_norm(x), blocks)
+        return self._norm(x)
+
+    def _project(
+        self, layer: _Layer, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, blocks: Sequence[Block]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query [T, Hq, D], and key and value [T, 2, Hkv, D], all in one piece of memory."""
+        num_rows, (queries, keys) = h.shape[0], self._num_heads
+        rows = h.new_empty(num_rows, sum(self._widths))
+        query, key, value = rows.split(self._widths, 1)
+        layer.query.into(query, h, blocks)
+        layer.key.into(key, h, blocks)
+        layer.value.into(value, h, blocks)
+        heads = rows.view(num_rows, queries + 2 * keys, self._head_dim)
+        turned = heads[:, : queries + keys]
+        if layer.head_norms is not None:
+            layer.head_norms(turned)
+        other = torch.roll(turned, self._head_dim // 2, -1)
+        turned.mul_(cos).addcmul_(other, sin)
+        return heads[:, :queries], heads[:, queries:].view(num_rows, 2, keys, self._head_dim)
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
+        """float32 [T, V]: all logits of a few rows."""
+        head, target = self._base.head, self._base.head_target
+        if head.weight.dtype != torch.float32:
+            logits = self._base.full_logits(hidden, ())
+        else:
+            logits = hidden.new_empty(hidden.shape[0], head.weight.shape[0])
+            product(hidden, head.weight, logits)
+            if head.bias is not None:
+                logits.add_(head.bias)
+        for block in blocks:
+            block.add(logits, hidden.float(), *block.views.head(target))
+        return logits
+
+    def _error(self) -> float:
+        """The largest difference to the modules' own hidden states, relative to the largest of these."""
+        device = self._base.device
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self._base.info.vocab_size, (_PROBE + 3,), generator=generator).to(device)
+        positions = torch.cat([torch.arange(3), torch.arange(_PROBE)]).to(device)
+        self._base.segments.set({})
+        with torch.no_grad():
+            expected = self._base.hidden_states(tokens, positions, PackedCausal([3, _PROBE])).float()
+        found = self.hidden_states(tokens, positions, _Uncached([3, _PROBE])).float()
+        return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+class _Uncached:
+    """RowAttend over whole sequences."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._attend = PackedCausal(lengths)
+
+    def rows(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float | None, window: int | None
+    ) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, kv[:, 0], kv[:, 1]))
+        return self._attend(layer, q, k, v, scale, window)[0].flatten(1)
+
+
+class _Noted(PackedCausal):
+    """Notes with which scale and window each layer's module attends."""
+
+    def __init__(self) -> None:
+        super().__init__([1])
+        self.seen: dict[int, tuple[float | None, int | None]] = {}
+
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        self.seen[layer] = scale, window
+        return super().__call__(layer, query, key, value, scale, window)
+
+
+_NAMES = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+_QK_NORMS = ("q_norm", "k_norm")
+
+
+def _recognize(base: BaseModel) -> Inference | None:
+    inner: Any = base.model.base_model
+    if (
+        base.config.ranks > 1
+        or not hasattr(inner, "rotary_emb")
+        or not _is_norm(getattr(inner, "norm", None))
+    ):
+        return None
+    noted, zero = _Noted(), torch.zeros(1, dtype=torch.int64, device=base.device)
+    base.segments.set({})
+    with torch.no_grad():
+        base.hidden_states(zero, zero, noted)
+        turned = inner.rotary_emb(torch.zeros(1, dtype=base.dtype, device=base.device), zero.unsqueeze(0))
+    head_dim = turned[0].shape[-1]
+    layers = [
+        _layer(base, layer, head_dim, noted.seen.get(index)) for index, layer in enumerate(inner.layers)
+    ]
+    found = [layer for layer in layers if layer is not None]
+    if len(found) < len(layers) or len({(layer.query.width, layer.key.width) for layer in found}) > 1:
+        return None
+    return Inference(base, found, Norm(inner.norm), head_dim)
+
+
+def _layer(
+    base: BaseModel, module: Any, head_dim: int, noted: tuple[float | None, int | None] | None
+) -> _Layer | None:
+    attention = module.self_attn
+    children = {name for name, _ in attention.named_children()}
+    has_norms = children == {*_ATTENTION_NAMES, *_QK_NORMS}
+    norms = [module.input_layernorm, module.post_attention_layernorm]
+    norms += [attention.q_norm, attention.k_norm] if has_norms else []
+    usual = {name for name, _ in module.named_children()} == _NAMES
+    usual &= has_norms or children == set(_ATTENTION_NAMES)
+    usual &= getattr(attention, "head_dim", None) == head_dim
+    mlp = mlp_of(base, module.mlp)
+    if noted is None or not usual or mlp is None or not all(_is_norm(norm) for norm in norms):
+        return None
+    query, key, value, out = (Projection.of(getattr(attention, name)) for name in _ATTENTION_NAMES)
+    heads = (query.width // head_dim, key.width // head_dim)
+    return _Layer(
+        attention_norm=Norm(norms[0]),
+        query=query,
+        key=key,
+        value=value,
+        head_norms=HeadNorms(norms[2], norms[3], heads) if has_norms else None,
+        out=out,
+        scale=noted[0],
+        window=noted[1],
+        mlp_norm=Norm(norms[1]),
+        mlp=mlp,
+    )
+
+
+def _is_norm(module: object) -> bool:
+    return isinstance(module, FrozenRMSNorm)
