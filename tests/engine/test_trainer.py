@@ -352,18 +352,18 @@ def test_out_of_memory_in_the_middle_of_backward_leaves_nothing_behind(
 def test_a_bug_in_one_request_is_a_server_error_of_that_request(
     moe: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twinkle_serve.engine import trainer
+    from twinkle_serve.engine import share
 
     for slot in (0, 1):
         create(moe, slot, LoraSpec(rank=4, seed=slot), moved=True)
-    real = trainer.compute_loss
+    real = share.compute_loss
 
     def buggy(name: str, *args: object) -> object:
         if name == "dro":
             raise IndexError("planted")
         return real(name, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "compute_loss", buggy)
+    monkeypatch.setattr(share, "compute_loss", buggy)
     rng = np.random.default_rng(11)
     good, bad = random_batch(rng, [4, 2]), random_batch(rng, [5], "dro")
     found = run_passes(moe, [make_pass("good", 0, good), make_pass("bad", 1, bad, "dro")])

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import attention, experts
@@ -30,8 +30,14 @@ from twinkle_serve.engine.logprobs import (
     top_k_logprobs,
 )
 from twinkle_serve.engine.norms import replace_norms
+from twinkle_serve.engine.packing import make_segments
 from twinkle_serve.engine.pulse import listen
+from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
+from twinkle_serve.engine.sharding.ranks import Ranks
+from twinkle_serve.engine.sharding.shares import Shares
+from twinkle_serve.engine.sharding.strategy import Sharding, Stretches
 from twinkle_serve.engine.slots import Segment
+from twinkle_serve.engine.unsupported import UnsupportedModel as UnsupportedModel
 from twinkle_serve.protocol.work import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -52,21 +58,20 @@ _MLP = {"gate_proj", "up_proj", "down_proj"}
 _UNSERVED_SWITCHES = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
-class UnsupportedModel(ValueError):
-    """The model directory is not one that this engine can serve; the message says why."""
-
-
 @dataclass(slots=True)
 class BaseModel:
     """A loaded base model.
 
     head_target: index of the unembedding in ``layout.targets``. The head itself is not wrapped: its logits
     are only ever computed in chunks (logprobs.py).
+    layout: of what this rank holds of an adapter; ``shares`` knows the whole.
     """
 
     model: PreTrainedModel
     info: ModelInfo
     layout: AdapterLayout
+    shares: Shares
+    sharding: Sharding
     segments: Segments
     attention: AttentionSwitch
     head_target: int
@@ -112,6 +117,20 @@ class BaseModel:
     ) -> tuple[torch.Tensor, torch.Tensor | None, list[HeadSegment]]:
         return self.head.weight, self.head.bias, HeadSegment.of(segments, self.head_target)
 
+    @property
+    def ranks(self) -> Ranks:
+        return self.sharding.ranks
+
+    def enter(self, by_rank: Sequence[Stretches]) -> Mapping[Group, list[Segment]]:
+        """A pass begins: whose rows each rank has, at least one each. Returns this rank's segments.
+
+        All ranks make the same passes: every forward is one collective act.
+        """
+        segments = make_segments(by_rank[self.ranks.rank])
+        self.segments.set(segments)
+        self.sharding.enter(by_rank)
+        return segments
+
     def hidden_states(
         self, token_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
@@ -130,36 +149,51 @@ class BaseModel:
         return out.last_hidden_state[0]
 
 
-def load_base_model(config: ModelConfig, directory: Path) -> BaseModel:
-    """Load and prepare the model in ``directory``.
+def load_base_model(config: ModelConfig, directory: Path, ranks: Ranks | None = None) -> BaseModel:
+    """Load and prepare the model in ``directory``, or this rank's part of it.
 
     Raises UnsupportedModel for a directory without a usable config or with an architecture whose logits the
     packed path does not reproduce, and OSError for missing or damaged weight files.
     """
-    device = _device(config)
+    ranks = ranks or Ranks()
+    device = choose_device(config)
     dtype = _dtype(config, device)
     _set_threads(config)
     model_config = _read_config(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, config=model_config, dtype=dtype)
-    model.to(device).requires_grad_(False)
-    model.eval()
+    sharding = _sharding(config, ranks, device)
+    model = sharding.load(config, model_config, directory, device, dtype)
     probe = _probe_tokens(model)
-    with torch.no_grad():
-        expected = model(input_ids=probe.unsqueeze(0), use_cache=False).logits[0].float()
-    base = prepare(model, config, directory, device, dtype)
+    expected = sharding.reference_logits(model, probe)
+    base = prepare(model, config, directory, device, dtype, sharding)
     _verify(base, probe, expected)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints only in training mode; there is no dropout to switch on
+    if ranks.size > 1:
+        _rehearse(base)
     return base
 
 
+def _sharding(config: ModelConfig, ranks: Ranks, device: torch.device) -> Sharding:
+    """A group of one shares nothing, whatever the configuration says."""
+    if ranks.size == 1:
+        return Sharding(ranks)
+    assert config.sharding == "expert_parallel"
+    return ExpertParallel(ranks, device)
+
+
 def prepare(
-    model: PreTrainedModel, config: ModelConfig, directory: Path, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    config: ModelConfig,
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    sharding: Sharding | None = None,
 ) -> BaseModel:
     """Put LoRA layers and packed attention into a loaded model."""
+    sharding = sharding or Sharding(Ranks())
     segments, switch = Segments(), AttentionSwitch()
-    targets = _attach(model, segments, switch)
+    targets = _attach(model, segments, switch, sharding)
     replace_norms(model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -167,14 +201,17 @@ def prepare(
     targets.append(Target("linear", "lm_head", "unembed", head.in_features, head.out_features))
     model.set_attn_implementation(attention.IMPLEMENTATION)
     model.config._experts_implementation = experts.IMPLEMENTATION
-    layout = AdapterLayout.build(targets)
-    segments.grouped = _grouped(config, layout, device, dtype)
+    shares = Shares(AdapterLayout.build(targets), sharding.ranks, split_experts=sharding.splits_experts)
+    segments.grouped = _grouped(config, shares.layout, device, dtype)
+    sharding.attach(model, grouped=segments.grouped)
     if _packs(config, model, device, dtype):
         pack(_frozen_matrices(model))
     return BaseModel(
         model=model,
         info=_info(model, config, directory),
-        layout=layout,
+        layout=shares.layout,
+        shares=shares,
+        sharding=sharding,
         segments=segments,
         attention=switch,
         head_target=len(targets) - 1,
@@ -213,7 +250,9 @@ def _frozen_matrices(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     yield model.get_output_embeddings().weight
 
 
-def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch) -> list[Target]:
+def _attach(
+    model: PreTrainedModel, segments: Segments, switch: AttentionSwitch, sharding: Sharding
+) -> list[Target]:
     """Replace linear layers by LoRA layers and mark experts and attention modules; returns the targets."""
     targets: list[Target] = []
     layers = getattr(model.base_model, "layers", None)
@@ -230,7 +269,7 @@ def _attach(model: PreTrainedModel, segments: Segments, switch: AttentionSwitch)
                 _wrap_linear(layer, name, module, path, segments, targets)
                 found.add(leaf)
             elif _is_fused_experts(module):
-                _mark_experts(module, path, segments, targets)
+                _mark_experts(module, path, segments, targets, sharding)
                 found.add("experts")
             if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
                 module.twinkle_attention = switch
@@ -258,20 +297,27 @@ def _is_fused_experts(module: nn.Module) -> bool:
     return isinstance(gate_up, nn.Parameter) and gate_up.dim() == 3
 
 
-def _mark_experts(module: nn.Module, path: str, segments: Segments, targets: list[Target]) -> None:
+def _mark_experts(
+    module: nn.Module, path: str, segments: Segments, targets: list[Target], sharding: Sharding
+) -> None:
     plain = getattr(module, "is_concatenated", True) and getattr(module, "has_gate", True)
     odd = getattr(module, "is_transposed", False) or getattr(module, "has_bias", False)
     if not plain or odd:
         raise UnsupportedModel(f"{path}: transposed, interleaved or biased fused experts are not served")
     gate_up: nn.Parameter = module.gate_up_proj  # type: ignore[assignment]
     num_experts, double_inner, hidden = gate_up.shape
+    if sharding.splits_experts:
+        num_experts *= sharding.ranks.size
     inner, first = double_inner // 2, len(targets)
     targets += [
         Target("expert_gate", path, "mlp", hidden, inner, num_experts),
         Target("expert_up", path, "mlp", hidden, inner, num_experts),
         Target("expert_down", path, "mlp", inner, hidden, num_experts),
     ]
-    module.twinkle_targets = experts.ExpertTargets(segments, first, first + 1, first + 2)  # type: ignore[assignment]
+    dispatch = sharding.dispatch
+    module.twinkle_targets = experts.ExpertTargets(  # type: ignore[assignment]
+        segments if dispatch is None else dispatch.segments, first, first + 1, first + 2, dispatch
+    )
 
 
 def _info(model: PreTrainedModel, config: ModelConfig, directory: Path) -> ModelInfo:
@@ -322,7 +368,7 @@ def _verify(base: BaseModel, probe: torch.Tensor, expected: torch.Tensor) -> Non
     length = len(probe)
     token_ids = torch.cat([probe.flip(0)[:3], probe])
     positions = torch.cat([torch.arange(3), torch.arange(length)]).to(base.device)
-    base.segments.set({})
+    base.enter([[(None, 3 + length)]] * base.ranks.size)
     with torch.no_grad():
         hidden = base.hidden_states(token_ids, positions, PackedCausal([3, length]))
         logits = base.head(hidden[3:]).float()
@@ -335,7 +381,19 @@ def _verify(base: BaseModel, probe: torch.Tensor, expected: torch.Tensor) -> Non
     logger.info("packed forward agrees with %s within %.1e", base.info.arch, error)
 
 
-def _device(config: ModelConfig) -> torch.device:
+def _rehearse(base: BaseModel) -> None:
+    """One row through the model and back: every rank learns which collectives a pass makes."""
+    base.enter([[(None, 1)]] * base.ranks.size)
+    row = torch.zeros(1, dtype=torch.int64, device=base.device)
+    hidden = base.hidden_states(row, row, PackedCausal([1]))
+    base.sharding.enter_backward()
+    hidden.backward(torch.zeros_like(hidden))
+    base.sharding.leave()
+    base.sharding.rehearsed()
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """Where the model goes."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)

@@ -22,7 +22,7 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.adapter_files import load_adapter, save_adapter
 from twinkle_serve.engine.adapter_pool import AdapterPool
 from twinkle_serve.engine.attention import PackedCausal
-from twinkle_serve.engine.base_model import load_base_model
+from twinkle_serve.engine.base_model import choose_device, load_base_model
 from twinkle_serve.engine.flops import with_speed
 from twinkle_serve.engine.graph_loss import try_graph
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
@@ -30,7 +30,9 @@ from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler
-from twinkle_serve.engine.slots import SlotPool
+from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.engine.sharding.ranks import PeerFailed, RankLost, Ranks
+from twinkle_serve.engine.slots import AdapterState, SlotPool
 from twinkle_serve.engine.state_files import StateWriter, read_state
 from twinkle_serve.engine.trainer import Trainer
 from twinkle_serve.faults import reach
@@ -63,15 +65,22 @@ class Engine:
     """One rank's base model with its training slots and its sampler.
 
     scratch: directory for paged adapters; a temporary one is made (and removed by ``close``) if None.
+    place: where this rank stands in its group; None: it is alone. All ranks of a group do the same in the
+    same order: build an engine, probe it, run each tick. Only the first rank yields anything. A rank that
+    cannot go on raises; its peers raise RankLost when they miss it, after ``place.timeout_s`` at the latest.
     Loading takes seconds to minutes. Raises UnsupportedModel or OSError for a model that cannot be served.
     """
 
-    def __init__(self, config: ModelConfig, scratch: Path | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, scratch: Path | None = None, place: RankPlace | None = None
+    ) -> None:
         self._owned_scratch = Path(tempfile.mkdtemp(prefix="twinkle-pages-")) if scratch is None else None
         scratch = scratch or self._owned_scratch
         assert scratch is not None
         self._directory = directory = resolve_model(config.path, config.revision)
-        self.base = load_base_model(config, directory)
+        self.ranks = Ranks.join(place, choose_device(config))
+        self.base = load_base_model(config, directory, self.ranks)
+        self._shares = self.base.shares
         self.pool = SlotPool(
             self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device, self.base.dtype
         )
@@ -91,7 +100,7 @@ class Engine:
     def probe(self) -> bool:
         """Whether a forward pass of the base model still works; cheap."""
         token_ids = torch.zeros(2, dtype=torch.int64, device=self.base.device)
-        self.base.segments.set({})
+        self.base.enter([[(None, 2)]] * self.ranks.size)
         with torch.no_grad():
             hidden = self.base.hidden_states(token_ids, torch.arange(2), PackedCausal([2]))
         return bool(torch.isfinite(hidden).all())
@@ -105,22 +114,29 @@ class Engine:
         return None
 
     def close(self) -> None:
+        """The group of ranks, which other engines of this process may share, stays as it is."""
         self._states.close()
         if self._owned_scratch is not None:
             shutil.rmtree(self._owned_scratch, ignore_errors=True)
 
     def run(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]:
-        """Walk the tick; an outcome is yielded as soon as it is known, the report last."""
+        """Walk the tick; an outcome is yielded as soon as it is known, the report last. On other ranks than
+        the first nothing is yielded. Raises RankLost."""
+        for item in self._walk(tick):
+            if self.ranks.is_first:
+                yield item
+
+    def _walk(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]:
         clock = _PhaseClock("move")
         moves: tuple[PageOut | DropRun | PageIn, ...] = (*tick.page_out, *tick.drops, *tick.page_in)
         for move in moves:
             self._move(move)
         for restore in tick.restores:
-            yield _answer(restore.request_id, partial(self._restore, restore))
+            yield self._answer(restore.request_id, partial(self._restore, restore))
         for create in tick.creates:
-            yield _answer(create.request_id, partial(self.pool.create, create.slot, create.spec))
+            yield self._answer(create.request_id, partial(self.pool.create, create.slot, create.spec))
         for load in tick.loads:
-            yield _answer(load.request_id, partial(self._load, load))
+            yield self._answer(load.request_id, partial(self._load, load))
         clock.begin("passes")
         if tick.passes:
             yield from self._trainer.run(tick.passes, tick.microbatches)
@@ -129,9 +145,9 @@ class Engine:
             yield from self._optim(tick.optim_steps)
         clock.begin("save")
         for save in tick.saves:
-            yield _answer(save.request_id, partial(self._save, save))
+            yield self._answer(save.request_id, partial(self._save, save))
         for snapshot in tick.snapshots:
-            yield _answer(snapshot.request_id, partial(self._snapshot, snapshot))
+            yield self._answer(snapshot.request_id, partial(self._snapshot, snapshot))
         for persist in tick.persists:
             self._persist(persist)
         yield from self._states.outcomes()
@@ -156,42 +172,95 @@ class Engine:
             if move.slot is not None:
                 self.pool.free(move.slot)
 
+    def _answer(self, request_id: str, action: Callable[[], Any]) -> Outcome:
+        """The outcome of one action: what is wrong with a checkpoint is the user's to know, a bug is not.
+
+        Among several ranks an error that they do not share leaves them in different places of a tick, and
+        the group has to end.
+        """
+        try:
+            return Outcome(request_id, action())
+        except RankLost:
+            raise
+        except CheckpointError as error:
+            logger.error("request %s: %s", request_id, error)  # names a path, not the user's to know
+            return Outcome(request_id, failure=Failure("the checkpoint is missing or damaged"))
+        except ValueError as error:
+            return Outcome(request_id, failure=Failure(str(error)))
+        except OSError as error:
+            logger.error("request %s: %s", request_id, error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            what = "the server's disk is full; nothing was saved" if full else f"disk error: {error.strerror}"
+            return Outcome(request_id, failure=Failure(what, "server"))
+        except Exception as error:
+            if self.ranks.size > 1 and not isinstance(error, PeerFailed):
+                raise
+            logger.exception("request %s failed", request_id)
+            return Outcome(request_id, failure=Failure("internal error while doing this request", "server"))
+
     def _load(self, item: LoadAdapter) -> None:
-        state = load_adapter(item.directory, self.base.layout, item.optimizer)
+        whole = self.ranks.on_first(partial(self._read_checkpoint, item))
+        state = self._shares.distribute(whole)
+        self.pool.free(item.slot)
+        self.pool.put(item.slot, state)
+
+    def _read_checkpoint(self, item: LoadAdapter) -> AdapterState:
+        state = load_adapter(item.directory, self._shares.whole, item.optimizer)
         if self.pool.is_occupied(item.slot):
             expected = self.pool.adapter(item.slot).spec
             if _shape(expected) != _shape(state.spec):
                 raise ValueError(f"the checkpoint has {_shape(state.spec)}, this run has {_shape(expected)}")
-            self.pool.free(item.slot)
-        self.pool.put(item.slot, state)
+        return state
 
     def _optim(self, steps: tuple[OptimStep, ...]) -> Iterator[Outcome]:
         work = [SlotStep(self.pool, step.slot, step.params) for step in steps]
-        for step, result in zip(steps, adamw_step(work), strict=True):
+        for step, result in zip(steps, adamw_step(work, self._shares), strict=True):
             if isinstance(result, NonFiniteGradientError):
                 yield Outcome(step.request_id, failure=Failure(str(result)))
             else:
                 yield Outcome(step.request_id, result)
 
     def _save(self, item: SaveAdapter) -> int:
-        state = self.pool.state(item.slot, grads=False, optimizer=item.optimizer)
-        return save_adapter(item.directory, state, self.base.layout, self.info.name, item.manifest)
+        state = self._whole(partial(self.pool.state, item.slot, grads=False, optimizer=item.optimizer))
+        if state is None:
+            return 0
+        return save_adapter(item.directory, state, self._shares.whole, self.info.name, item.manifest)
 
     def _snapshot(self, item: Snapshot) -> None:
-        state = self.pool.state(item.slot, grads=False, optimizer=False)
-        self._snapshots.put(item.adapter, state)
-        if item.path is not None:
-            self._states.write(item.path, state)
+        def keep() -> AdapterState:
+            state = self.pool.state(item.slot, grads=False, optimizer=False)
+            self._snapshots.put(item.adapter, state)
+            return state
+
+        state = self.ranks.together(keep)
+        if item.path is not None and (whole := self._shares.assemble(state)) is not None:
+            self._states.write(item.path, whole)
 
     def _restore(self, item: RestoreRun) -> None:
         reach("in replay")
-        self.pool.put(item.slot, read_state(item.path))
+        whole = self.ranks.on_first(partial(read_state, item.path))
+        self.pool.put(item.slot, self._shares.distribute(whole))
 
     def _persist(self, item: PersistRun) -> None:
-        state = self._pages.get(item.run_id) if item.slot is None else self.pool.state(item.slot)
-        self._states.write(item.path, state, item.request_id)
+        slot = item.slot
+        state = partial(self._pages.get, item.run_id) if slot is None else partial(self.pool.state, slot)
+        whole = self._whole(state)
+        if whole is not None:
+            self._states.write(item.path, whole, item.request_id)
+
+    def _whole(self, state: Callable[[], AdapterState]) -> AdapterState | None:
+        """The whole adapter on the first rank, of the shares that ``state`` gives on each."""
+        return self._shares.assemble(self.ranks.together(state))
 
     def _gauges(self) -> dict[str, float]:
+        """What all ranks hold together."""
+        totals: dict[str, float] = {}
+        for gauges in self.ranks.everyone(self._own_gauges()):
+            for name, value in gauges.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def _own_gauges(self) -> dict[str, float]:
         return {
             "paged_host_bytes": float(self._pages.host_bytes),
             "paged_disk_bytes": float(self._pages.disk_bytes),
@@ -214,25 +283,6 @@ class _PhaseClock:
         self.seconds[self._phase] = now - self._since
         self._phase, self._since = phase, now
         PULSE.enter(phase)
-
-
-def _answer(request_id: str, action: Callable[[], Any]) -> Outcome:
-    """The outcome of one action: what is wrong with a checkpoint is the user's to know, a bug is not."""
-    try:
-        return Outcome(request_id, action())
-    except CheckpointError as error:
-        logger.error("request %s: %s", request_id, error)  # names a path, which is not the user's to know
-        return Outcome(request_id, failure=Failure("the checkpoint is missing or damaged"))
-    except ValueError as error:
-        return Outcome(request_id, failure=Failure(str(error)))
-    except OSError as error:
-        logger.error("request %s: %s", request_id, error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the server's disk is full; nothing was saved" if full else f"disk error: {error.strerror}"
-        return Outcome(request_id, failure=Failure(what, "server"))
-    except Exception:
-        logger.exception("request %s failed", request_id)
-        return Outcome(request_id, failure=Failure("internal error while doing this request", "server"))
 
 
 def _shape(spec: Any) -> str:

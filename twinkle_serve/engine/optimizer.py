@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
+from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.slots import SlotPool
 from twinkle_serve.faults import reach
 from twinkle_serve.protocol.data import AdamParams
@@ -42,11 +43,20 @@ class SlotStep(NamedTuple):
     params: AdamParams
 
 
-def adamw_step(steps: Sequence[SlotStep]) -> list[dict[str, float] | NonFiniteGradientError]:
+def adamw_step(
+    steps: Sequence[SlotStep], shares: Shares | None = None
+) -> list[dict[str, float] | NonFiniteGradientError]:
     """Step distinct slots; the outcomes are those of ``adamw_steps``. The slots' counts of steps follow, and
-    no slot has gradients afterwards."""
+    no slot has gradients afterwards.
+
+    shares: how the slots' columns lie on several ranks, all of which call this with the same steps. The
+    parts of a gradient are summed here, once for each step and not once for each pass.
+    """
     due = [DueStep(*step.pool.blocks(step.slot), step.pool.steps[step.slot], step.params) for step in steps]
-    outcomes = adamw_steps(due)
+    if shares is not None:
+        for block in due:
+            shares.sum_parts(block.grads)
+    outcomes = adamw_steps(due, shares)
     reach("in optimizer")  # the weights are new, the counts of steps are not
     for step, outcome in zip(steps, outcomes, strict=True):
         step.pool.has_grads[step.slot] = False
@@ -70,7 +80,9 @@ class DueStep:
     params: AdamParams
 
 
-def adamw_steps(due: Sequence[DueStep]) -> list[dict[str, float] | NonFiniteGradientError]:
+def adamw_steps(
+    due: Sequence[DueStep], shares: Shares | None = None
+) -> list[dict[str, float] | NonFiniteGradientError]:
     """Take all steps; an item is its step's metrics, or why the step was refused.
 
     A refused step leaves weights and moments as they are. Gradients are zero afterwards in either case.
@@ -78,7 +90,7 @@ def adamw_steps(due: Sequence[DueStep]) -> list[dict[str, float] | NonFiniteGrad
     """
     outcomes: list[dict[str, float] | NonFiniteGradientError] = []
     accepted: dict[AdamParams, list[DueStep]] = {}
-    for step, norm in zip(due, _global_norms([step.grads for step in due]), strict=True):
+    for step, norm in zip(due, _norms([step.grads for step in due], shares), strict=True):
         if not math.isfinite(norm):
             outcomes.append(NonFiniteGradientError(_NOT_FINITE))
             continue
@@ -92,6 +104,16 @@ def adamw_steps(due: Sequence[DueStep]) -> list[dict[str, float] | NonFiniteGrad
     for step in due:
         step.grads.zero_()
     return outcomes
+
+
+def _norms(blocks: Sequence[torch.Tensor], shares: Shares | None) -> list[float]:
+    """The 2-norm of each block over all ranks; columns that all ranks have count once."""
+    if shares is None or not shares.is_split or not blocks:
+        return _global_norms(blocks)
+    common = _global_norms([shares.replicated(block) for block in blocks])
+    own = torch.tensor(_global_norms([shares.own(block) for block in blocks]), dtype=torch.float64) ** 2
+    shares.ranks.sum_(own)
+    return [math.sqrt(one**2 + float(other)) for one, other in zip(common, own, strict=True)]
 
 
 def _global_norms(blocks: Sequence[torch.Tensor]) -> list[float]:

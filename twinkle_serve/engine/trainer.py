@@ -8,31 +8,25 @@ of ordering or fairness (control/planner.py) and keeps no state between ticks bu
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.graph_loss import datum_tensors, graph_loss
-from twinkle_serve.engine.losses import Loss, compute_loss
-from twinkle_serve.engine.packing import LossRows, PackedRows, concatenate, make_segments
-from twinkle_serve.engine.slots import Segment, SlotPool
+from twinkle_serve.engine.sharding.division import divide
+from twinkle_serve.engine.sharding.ranks import RankLost, is_out_of_memory
+from twinkle_serve.engine.share import Report, Share
+from twinkle_serve.engine.slots import Adapter, SlotPool
 from twinkle_serve.faults import reach
 from twinkle_serve.protocol.data import Column, DatumBatch, ForwardResult
-from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.loss_graph import GRAPH, read_graph
 from twinkle_serve.protocol.work import Failure, Outcome, Pass, Piece
 
 logger = logging.getLogger(__name__)
 
 Microbatch = Sequence[Piece]
-
-LARGEST_GRADIENT = 1e18
-"""Of a loss by one logprob. Adam squares gradients: beyond this float32 overflows, now or later."""
 
 
 @dataclass(slots=True)
@@ -124,10 +118,12 @@ class Trainer:
             involved = [states[piece.pass_index] for piece in pieces]
             try:
                 self._run(pieces, involved)
+            except RankLost:
+                raise
             except Exception as error:
                 # Halving finds the one request or datum that cannot be done, and spares its neighbours.
                 num_datums = sum(len(piece.indices) for piece in pieces)
-                out_of_memory = _is_out_of_memory(error)
+                out_of_memory = is_out_of_memory(error)
                 if (num_datums if out_of_memory else len(pieces)) > 1:
                     split.add(index)
                 else:
@@ -138,112 +134,56 @@ class Trainer:
         return tainted, split
 
     def _run(self, pieces: Sequence[Piece], states: Sequence[_PassState]) -> None:
-        """One microbatch; all its passes go the same direction."""
-        batches = [_select(state.batch, piece.indices) for state, piece in zip(states, pieces, strict=True)]
-        packed = PackedRows.of(*concatenate(batches), self._base.device)
-        segments = make_segments(
-            (self._pool.adapter(state.request.slot), batch.num_tokens)
-            for state, batch in zip(states, batches, strict=True)
-        )
-        firsts = np.cumsum([0] + [batch.num_tokens for batch in batches[:-1]])
-        parts = [LossRows.of(batch, int(first)) for batch, first in zip(batches, firsts, strict=True)]
+        """One microbatch; all its passes go the same direction. Each rank computes some of its datums, and
+        all of them learn what became of each. Raises on all ranks if one cannot go on."""
+        base = self._base
+        by_index = {piece.pass_index: state for piece, state in zip(pieces, states, strict=True)}
+        lengths = [
+            state.batch.lengths[[*p.indices]].tolist() for p, state in zip(pieces, states, strict=True)
+        ]
+        by_rank = divide(pieces, lengths, base.ranks.size)
+        segments = base.enter([self._stretches(share, by_index) for share in by_rank])
         backward = states[0].request.backward
-        self._base.segments.set(segments)
-        with torch.set_grad_enabled(backward):
-            hidden = self._base.hidden_states(
-                packed.token_ids, packed.position_ids, PackedCausal(packed.lengths)
-            )
-            logprobs = self._logprobs(hidden, segments["unembed"], parts)
-        gradient = self._losses(states, pieces, batches, parts, logprobs.detach())
+        own = [
+            (p, by_index[p.pass_index].request, by_index[p.pass_index].batch)
+            for p in by_rank[base.ranks.rank]
+        ]
+        share = Share.of(base, own, segments["unembed"], backward)
+        for report in base.sharding.all_parts(share.forward):
+            _take_note(report, by_index)
+        for piece, state in zip(pieces, states, strict=True):
+            state.remaining -= len(piece.indices)
+            if state.failure is not None:
+                share.drop(piece.pass_index)
         if backward:
             for state in states:
                 # Before backward: an error in the middle of it leaves gradients behind as well.
                 self._pool.has_grads[state.request.slot] |= state.failure is None
-            torch.autograd.backward(logprobs, gradient)
+            base.sharding.enter_backward()
+            base.sharding.all_parts(share.backward)
             reach("after backward")
 
-    def _logprobs(
-        self, hidden: torch.Tensor, segments: Sequence[Segment], parts: Sequence[LossRows]
-    ) -> torch.Tensor:
-        return self._base.target_logprobs(
-            hidden,
-            segments,
-            torch.from_numpy(np.concatenate([part.rows for part in parts])),
-            torch.from_numpy(np.concatenate([part.targets for part in parts])),
-        )
-
-    def _losses(
-        self,
-        states: Sequence[_PassState],
-        pieces: Sequence[Piece],
-        batches: Sequence[DatumBatch],
-        parts: Sequence[LossRows],
-        logprobs: torch.Tensor,
-    ) -> torch.Tensor:
-        """Record every pass's logprobs and metrics; returns d(sum of losses)/d(logprobs), [M].
-
-        A pass whose numbers are not finite, or would not stay so, fails here, and its rows get no gradient,
-        so its neighbours in the microbatch never see it.
-        """
-        gradient = torch.zeros_like(logprobs)
-        end = 0
-        for state, piece, batch, part in zip(states, pieces, batches, parts, strict=True):
-            start, end = end, end + part.targets.size
-            leaf = logprobs[start:end].clone().requires_grad_()
-            try:
-                loss = _loss(state.request, leaf, batch, part)
-            except UserError as error:
-                state.failure = error.as_failure()
-                continue
-            (part_gradient,) = torch.autograd.grad(loss.value, leaf)
-            fine = (part_gradient.abs() <= LARGEST_GRADIENT).all() & torch.isfinite(leaf).all()
-            if not bool(fine & torch.isfinite(loss.value)):
-                state.failure = _not_finite(state, piece, leaf)
-                continue
-            gradient[start:end] = part_gradient
-            _record(state, piece, part, leaf.detach(), loss.metrics)
-        return gradient
+    def _stretches(
+        self, pieces: Sequence[Piece], states: Mapping[int, _PassState]
+    ) -> list[tuple[Adapter | None, int]]:
+        """Whose rows a rank has. One without any runs a row of its own: all ranks make the same passes."""
+        found: list[tuple[Adapter | None, int]] = []
+        for piece in pieces:
+            state = states[piece.pass_index]
+            rows = int(state.batch.lengths[[*piece.indices]].sum())
+            found.append((self._pool.adapter(state.request.slot), rows))
+        return found or [(None, 1)]
 
 
-def _select(batch: DatumBatch, indices: Sequence[int]) -> DatumBatch:
-    return batch if len(indices) == batch.num_datums else batch.select(indices)
-
-
-def _loss(request: Pass, leaf: torch.Tensor, batch: DatumBatch, part: LossRows) -> Loss:
-    """Raises UserError for an uploaded loss that fails on this data."""
-    text = request.loss_config.get(GRAPH)
-    if isinstance(text, str):
-        graph = read_graph(text)
-        return graph_loss(graph, leaf, datum_tensors(graph, batch))
-    inputs = {name: torch.from_numpy(values).to(leaf.device) for name, values in part.inputs.items()}
-    lengths = torch.from_numpy(part.lengths)
-    return compute_loss(request.loss_fn, leaf, inputs, lengths, _numbers(request))
-
-
-def _numbers(request: Pass) -> dict[str, float]:
-    return {name: float(value) for name, value in request.loss_config.items() if not isinstance(value, str)}
-
-
-def _record(
-    state: _PassState, piece: Piece, part: LossRows, logprobs: torch.Tensor, metrics: dict[str, torch.Tensor]
-) -> None:
-    values = logprobs.cpu().numpy()
-    ends = np.cumsum(part.lengths)
-    for index, rows in zip(piece.indices, np.split(values, ends[:-1]), strict=True):
-        state.logprobs[index] = rows
-    state.remaining -= len(piece.indices)
-    for name, value in metrics.items():
-        state.metrics[name] = state.metrics.get(name, 0.0) + float(value)
-
-
-def _not_finite(state: _PassState, piece: Piece, logprobs: torch.Tensor) -> Failure:
-    if bool(torch.isfinite(logprobs).all()):
-        what = f"the {state.request.loss_fn} loss or its gradient is not finite in float32"
-        advice = "check the size of its loss_fn_inputs"
-    else:
-        what, advice = "the model's logprobs are not finite", "the adapter has diverged; load a checkpoint"
-    datums = ", ".join(str(index) for index in piece.indices[:8])
-    return Failure(f"{what} (among data[{datums}]); nothing of this request was accumulated; {advice}")
+def _take_note(report: Report, states: Mapping[int, _PassState]) -> None:
+    for pass_index, failure in report.failures.items():
+        states[pass_index].failure = states[pass_index].failure or failure
+    for pass_index, logprobs in report.logprobs.items():
+        states[pass_index].logprobs.update(logprobs)
+    for pass_index, metrics in report.metrics.items():
+        totals = states[pass_index].metrics
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + value
 
 
 def _by_direction(microbatch: Microbatch, states: Sequence[_PassState]) -> list[Microbatch]:
@@ -302,9 +242,3 @@ def _fail(states: Sequence[_PassState], error: Exception, out_of_memory: bool) -
         failure = Failure("internal error while computing this request", "server")
     for state in states:
         state.failure = failure
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from ipaddress import ip_address
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,20 @@ class RankLost(Exception):
 
 
 class PeerFailed(Exception):
-    """Another rank could not do its part of an action; what was wrong there is in the message."""
+    """A rank could not do its part of an action, so none did; what was wrong there is in the message."""
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """The same answer on all ranks for what ``Ranks.exchange`` raises."""
+    if isinstance(error, PeerFailed):
+        return error.out_of_memory
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 class Ranks:
@@ -102,32 +116,32 @@ class Ranks:
             dist.broadcast_object_list(items, src=0)
         return items[0]
 
+    def exchange(self, item: T | None, error: Exception | None) -> list[T]:
+        """Each rank's item, by rank. If there is an error on one, PeerFailed is raised on all."""
+        reports = self.everyone((item, None if error is None else _Trouble.of(error)))
+        troubles = [(rank, trouble) for rank, (_, trouble) in enumerate(reports) if trouble is not None]
+        if troubles:
+            text = "; ".join(f"rank {rank}: {trouble.text}" for rank, trouble in troubles)
+            out_of_memory = any(trouble.out_of_memory for _, trouble in troubles)
+            raise PeerFailed(text, out_of_memory=out_of_memory) from error
+        return [item for item, _ in reports]  # type: ignore[misc]
+
     def together(self, action: Callable[[], T]) -> T:
-        """Every rank's own ``action``, which makes no collectives. If it raises anywhere, all ranks raise:
-        its own error where there is one, else PeerFailed."""
+        """Every rank's own ``action``, which makes no collectives. If it raises on one, all raise PeerFailed;
+        alone, its own error."""
         if self.size == 1:
             return action()
         result, error = _attempt(action)
-        self.check(error)
-        assert error is None
+        self.exchange(None, error)
         return result  # type: ignore[return-value]
-
-    def check(self, error: Exception | None) -> None:
-        """Raise on all ranks if there is an error on one; see ``together``."""
-        if isinstance(error, RankLost):
-            raise error
-        failures = self.everyone(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                raise PeerFailed(f"rank {rank}: {failure}")
 
     def on_first(self, action: Callable[[], T]) -> T | None:
         """``action`` on the first rank alone, None elsewhere. What it raises is raised on all ranks."""
         if self.size == 1:
             return action()
         result, error = _attempt(action) if self.is_first else (None, None)
+        if error is not None and not _travels(error):
+            error = PeerFailed(f"rank 0: {type(error).__name__}: {error}")
         error = self.of_first(error)
         if error is not None:
             raise error
@@ -195,6 +209,22 @@ class Ranks:
             return
         with _lost_if_it_fails("a copy of the first rank's tensor"):
             dist.broadcast(tensor, 0)
+
+
+def _travels(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
+
+
+class _Trouble(NamedTuple):
+    text: str
+    out_of_memory: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> _Trouble:
+        return cls(f"{type(error).__name__}: {error}", is_out_of_memory(error))
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

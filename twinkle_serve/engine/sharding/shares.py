@@ -7,7 +7,7 @@ what is saved is always the whole adapter, so it is the same whatever the shardi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -37,10 +37,10 @@ class Shares:
 
     def __init__(self, whole: AdapterLayout, ranks: Ranks, *, split_experts: bool) -> None:
         self.whole = whole
-        self._ranks = ranks
-        self._split = split_experts and ranks.size > 1
+        self.ranks = ranks
+        self.is_split = split_experts and ranks.size > 1
         self.layout, self.num_replicated = whole, whole.row_size
-        if self._split:
+        if self.is_split:
             self.layout, self.num_replicated = share_layout(whole, ranks.rank, ranks.size)
 
     def replicated(self, block: torch.Tensor) -> torch.Tensor:
@@ -51,30 +51,38 @@ class Shares:
         """A view of the columns that only this rank has."""
         return block[..., self.num_replicated :]
 
+    def sum_parts(self, grads: torch.Tensor) -> None:
+        """Replace the parts of replicated factors' gradients by their sum, the same bits on every rank."""
+        if self.ranks.size == 1:
+            return
+        common = self.replicated(grads).contiguous()
+        self.ranks.sum_(common)
+        self.replicated(grads).copy_(common)
+
     def assemble(self, state: AdapterState) -> AdapterState | None:
         """The whole adapter on the first rank, from every rank's share; None elsewhere.
 
         Block after block and rank after rank, so that only the first ever holds more than its share.
         Pending gradients of replicated factors are summed. Raises RankLost.
         """
-        if self._ranks.size == 1:
+        if self.ranks.size == 1:
             return state
         blocks: dict[str, Any] = {}
         for name in _BLOCKS:
             block: torch.Tensor | None = getattr(state, name)
             if block is not None:
                 blocks[name] = self._assemble(block, is_sum=name == "grads")
-        return replace(state, **blocks) if self._ranks.is_first else None
+        return replace(state, **blocks) if self.ranks.is_first else None
 
     def distribute(self, state: AdapterState | None) -> AdapterState:
         """This rank's share of the first rank's whole adapter: the inverse of ``assemble``."""
-        if self._ranks.size == 1:
+        if self.ranks.size == 1:
             assert state is not None
             return state
         nothing: Any = None
         kept = None if state is None else replace(state, **dict.fromkeys(_BLOCKS, nothing))
         names = [] if state is None else [name for name in _BLOCKS if getattr(state, name) is not None]
-        kept, names = self._ranks.of_first((kept, names))
+        kept, names = self.ranks.of_first((kept, names))
         assert kept is not None
         for name in names:
             setattr(kept, name, self._distribute(kept.spec.rank, state, name))
@@ -85,19 +93,19 @@ class Shares:
         common = self.replicated(block)
         if is_sum:
             common = common.contiguous() if common.shape != block.shape else block.clone()
-            self._ranks.sum_on_first(common)
-        if not self._split:
+            self.ranks.sum_on_first(common)
+        if not self.is_split:
             return common
-        if not self._ranks.is_first:
-            self._ranks.send(self.own(block), 0)
+        if not self.ranks.is_first:
+            self.ranks.send(self.own(block), 0)
             return common
         whole = block.new_zeros(block.shape[0], self.whole.row_size)
         for span in replicated_spans(self.whole, self.layout):
             _columns(whole, span.whole, span.width).copy_(_columns(common, span.own, span.width))
-        for rank in range(self._ranks.size):
+        for rank in range(self.ranks.size):
             part = self.own(block)
             if rank > 0:
-                part = self._ranks.receive(torch.empty(part.shape), rank)
+                part = self.ranks.receive(torch.empty(part.shape), rank)
             for span in self._own_spans(rank):
                 _columns(whole, span.whole, span.width).copy_(_columns(part, span.own, span.width))
         return whole
@@ -110,25 +118,25 @@ class Shares:
             for span in replicated_spans(self.whole, self.layout):
                 _columns(common, span.own, span.width).copy_(_columns(whole, span.whole, span.width))
         if name != "grads":  # those of the first rank are the whole sum already
-            self._ranks.copy_of_first_(common)
+            self.ranks.copy_of_first_(common)
         self.replicated(block).copy_(common)
-        if not self._split:
+        if not self.is_split:
             return block
         part = torch.zeros(rank, self.layout.row_size - self.num_replicated)
         if whole is None:
-            self.own(block).copy_(self._ranks.receive(part, 0))
+            self.own(block).copy_(self.ranks.receive(part, 0))
             return block
-        for other in reversed(range(self._ranks.size)):
+        for other in reversed(range(self.ranks.size)):
             for span in self._own_spans(other):
                 _columns(part, span.own, span.width).copy_(_columns(whole, span.whole, span.width))
             if other > 0:
-                self._ranks.send(part, other)
+                self.ranks.send(part, other)
         self.own(block).copy_(part)
         return block
 
     def _own_spans(self, rank: int) -> Iterator[Span]:
         """The columns that only ``rank`` has, counted from where they begin."""
-        layout, num_replicated = share_layout(self.whole, rank, self._ranks.size)
+        layout, num_replicated = share_layout(self.whole, rank, self.ranks.size)
         for target, mine in zip(self.whole.targets, layout.targets, strict=True):
             if target.a_per_expert:
                 first = mine.first_expert * target.in_features
@@ -175,15 +183,3 @@ def _share(target: Target, rank: int, size: int) -> Target:
 
 def _columns(block: torch.Tensor, start: int, width: int) -> torch.Tensor:
     return block[:, start : start + width]
-
-
-def share_out(lengths: Sequence[int], size: int) -> list[int]:
-    """A rank for each sequence, so that ranks get about the same number of tokens: the longest first, each to
-    the rank that has least. Depends on the lengths alone."""
-    loads = [0] * size
-    ranks = [0] * len(lengths)
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        least = min(range(size), key=lambda rank: (loads[rank], rank))
-        loads[least] += lengths[index]
-        ranks[index] = least
-    return ranks

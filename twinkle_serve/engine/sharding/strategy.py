@@ -6,32 +6,49 @@ slots or samples: whoever runs a pass says only whose rows each rank has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
-from twinkle_serve.engine.sharding.ranks import Ranks
+from twinkle_serve.engine.layers import Segments
+from twinkle_serve.engine.sharding.ranks import RankLost, Ranks
 from twinkle_serve.engine.slots import Adapter
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Stretches = Sequence[tuple[Adapter | None, int]]
 """(adapter, number of rows), one after the other."""
 
 
+class Dispatch(Protocol):
+    """Brings rows to the ranks that have their experts. segments: of the rows that come to this rank."""
+
+    segments: Segments
+
+    def __call__(
+        self, module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
 class Sharding:
     """``single``: this process has the whole model. The other ways override what differs.
 
-    splits_experts: a rank's model has a part of every layer's experts.
+    splits_experts: a rank's model has a part of every layer's experts. dispatch: what then takes the experts'
+    place in the model.
     """
 
     splits_experts = False
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.dispatch: Dispatch | None = None
 
     def load(
         self,
@@ -45,7 +62,11 @@ class Sharding:
 
         Raises UnsupportedModel, or OSError for files that are missing or damaged.
         """
-        raise NotImplementedError
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, config=model_config, dtype=dtype
+        )
+        model.to(device).requires_grad_(False)
+        return model.eval()
 
     def reference_logits(self, model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
         """Float32 logits [n, V] of one sequence as the model's own code computes them; all ranks call it."""
@@ -53,7 +74,7 @@ class Sharding:
             logits: torch.Tensor = model(input_ids=token_ids.unsqueeze(0), use_cache=False).logits[0].float()
         return logits
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: PreTrainedModel, *, grouped: bool) -> None:
         """LoRA is in: hook what has to be hooked. Nothing is replaced in the model afterwards."""
 
     def enter(self, by_rank: Sequence[Stretches]) -> None:
@@ -65,6 +86,27 @@ class Sharding:
     def leave(self) -> None:
         """It is over on this rank, whatever became of it."""
 
+    def rehearsed(self) -> None:
+        """A first pass was made, with its backward; later ones make the same collectives."""
+
     def complete(self) -> None:
         """This rank failed in the middle of the pass: do whatever keeps its peers from waiting for it.
         Raises RankLost if nothing can."""
+
+    def all_parts(self, compute: Callable[[], T]) -> list[T]:
+        """What every rank's ``compute`` gives, by rank: the forward or the backward of the pass.
+
+        If it raises on one rank, all raise PeerFailed; alone, what was raised. Raises RankLost.
+        """
+        if self.ranks.size == 1:
+            return [compute()]
+        result, error = None, None
+        try:
+            result = compute()
+        except RankLost:
+            raise
+        except Exception as raised:
+            logger.exception("rank %d failed in the middle of a pass", self.ranks.rank)
+            error = raised
+            self.complete()
+        return self.ranks.exchange(result, error)

@@ -1,0 +1,74 @@
+"""What tests tell ranks to do: keep engines, walk ticks, show what is in a slot. Runs in the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine.engine import Engine
+from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.engine.slots import AdapterState
+from twinkle_serve.protocol.work import Tick
+
+_engines: dict[str, Engine] = {}
+
+
+def engine_of(place: RankPlace, config: ModelConfig) -> Engine:
+    """The rank's engine for ``config``, loaded once."""
+    key = config.model_dump_json()
+    if key not in _engines:
+        _engines[key] = Engine(config, place=place)
+        assert _engines[key].probe()
+    return _engines[key]
+
+
+def empty(engine: Engine) -> None:
+    for slot in range(engine.pool.num_slots):
+        engine.pool.free(slot)
+
+
+def run_ticks(
+    place: RankPlace, config: ModelConfig, ticks: Sequence[Tick], fresh: bool = True
+) -> list[list[Any]]:
+    """Each tick's items. fresh: from empty slots."""
+    engine = engine_of(place, config)
+    if fresh:
+        empty(engine)
+    return [list(engine.run(tick)) for tick in ticks]
+
+
+def whole_state(place: RankPlace, config: ModelConfig, slot: int) -> AdapterState | None:
+    """The whole of what is in a slot, put together on the first rank without any file."""
+    engine = engine_of(place, config)
+    return engine.base.shares.assemble(engine.pool.state(slot))
+
+
+def disturb(place: RankPlace, config: ModelConfig, slot: int, seed: int) -> None:
+    """Make every factor that is trained random, the same as on one rank."""
+    engine = engine_of(place, config)
+    move(engine, slot, seed)
+
+
+def move(engine: Engine, slot: int, seed: int) -> None:
+    """B is zero at first, and so are the gradients of A: draw B too, the whole of it on each rank."""
+    whole = engine.base.shares.assemble(engine.pool.state(slot))
+    if whole is not None:
+        generator = torch.Generator().manual_seed(seed)
+        layout = engine.base.shares.whole
+        for target in layout.targets:
+            a, b_t = layout.a(whole.weights, target), layout.b_t(whole.weights, target)
+            drawn = torch.randn(b_t.shape, generator=generator) * 0.05
+            if a.any():
+                b_t.copy_(drawn)
+        whole = replace(whole)
+    state = engine.base.shares.distribute(whole)
+    engine.pool.free(slot)
+    engine.pool.put(slot, state)
+
+
+def call(place: RankPlace, config: ModelConfig, action: Callable[[Engine], Any]) -> Any:
+    return action(engine_of(place, config))
