@@ -79,6 +79,14 @@ class StorageConfig(Strict):
     journal_max_bytes: int = Field(
         16 * 2**30, ge=2**20, description="journal size at which training requests must wait, bytes"
     )
+    checkpoints_max_bytes: int = Field(
+        2**42, ge=2**20, description="all checkpoints together; at the limit saves fail, bytes"
+    )
+    disk_reserve_bytes: int = Field(
+        2**30,
+        ge=0,
+        description="saves fail while the disk has less left than this, so that training can go on, bytes",
+    )
     snapshot_every_steps: int = Field(
         50, ge=1, description="a run is written to disk after so many optimizer steps, in the background"
     )
@@ -236,6 +244,12 @@ class TenantLimits(Strict):
 
 class LimitsConfig(Strict):
     result_retention_s: float = Field(1800.0, gt=0, description="finished results can be polled this long")
+    results_max_bytes: int = Field(
+        4 * 2**30,
+        ge=2**20,
+        description="memory for finished results; above it the oldest that were fetched go before their time, "
+        "and without such new requests wait, bytes",
+    )
     session_expiry_s: float = Field(
         600.0, ge=120, description="a session without heartbeat expires after this"
     )

@@ -83,6 +83,7 @@ class EchoGroup:
         self.rebuild_failures = 0
         self.is_up = True
         self.bytes_per_page = 0
+        self.bytes_per_result = 0
 
     # the contract ---------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class EchoGroup:
             return Outcome(item.request_id, failure=Failure(f"{tag} is bad"))
         if item.backward:
             slot.history.append(tag)
-        return Outcome(item.request_id, tuple(slot.history))
+        return Outcome(item.request_id, tuple(slot.history), num_bytes=self.bytes_per_result)
 
     async def _decode(self, tick: Tick) -> AsyncIterator[Outcome | Progress]:
         for request_id in tick.cancels:

@@ -63,6 +63,13 @@ class MemoryJournal:
     def expire_results(self, settled_before: float) -> asyncio.Future[None]:
         return self._do(lambda: None)
 
+    def drop_results(self, request_ids: list[str]) -> asyncio.Future[None]:
+        def work() -> None:
+            for history in self.rows.values():
+                history.results = [each for each in history.results if each.request_id not in request_ids]
+
+        return self._do(work)
+
     def histories(self) -> dict[str, RunHistory]:
         return {run_id: _copy(history) for run_id, history in self.rows.items()}
 
@@ -103,6 +110,10 @@ class MemoryFiles:
 
     def __init__(self, files: dict[str, Any]) -> None:
         self.files = files
+        self.free = 2**40
+
+    def free_bytes(self) -> int:
+        return self.free
 
     def name_for(self, owner: str, detail: str) -> str:
         return f"{owner}.{detail}"

@@ -17,28 +17,34 @@ from tests.control.virtual_time import VirtualClock, virtual
 from twinkle_serve.control.backend import SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
-from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 
 
 class Store:
     """What survives a control plane."""
 
-    def __init__(self, **storage: Any) -> None:
+    def __init__(self, limits: dict[str, Any] | None = None, **storage: Any) -> None:
         self.catalog = MemoryCatalog()
         self.journal = MemoryJournal(random.Random(3))
         self.files: dict[str, Any] = {}
         self.stored: dict[str, Any] = {}
         self.token = counting_tokens()
+        self.state_files = MemoryFiles(self.files)
         self.fenced = 0
         config = make_config()
-        self.config = config.model_copy(update={"storage": config.storage.model_copy(update=storage)})
+        self.config = config.model_copy(
+            update={
+                "storage": config.storage.model_copy(update=storage),
+                "limits": config.limits.model_copy(update=limits or {}),
+            }
+        )
 
     @asynccontextmanager
     async def opened(self, group: EchoGroup | None = None):
         group = group or EchoGroup()
         group.files, group.stored = self.files, self.stored
         self.journal = self.journal.opened()
-        durability = Durability(self.journal, MemoryFiles(self.files), fenced=self._note_fenced)
+        durability = Durability(self.journal, self.state_files, fenced=self._note_fenced)
         plane = ControlPlane(
             {"base": group},
             self.catalog,  # type: ignore[arg-type]
@@ -261,3 +267,56 @@ async def test_a_dead_group_never_has_long_to_redo():
             assert len(kept.to_redo) <= 14, "the work since the last snapshot, and while that was listed"
         assert longest >= 9.0
         assert kept.covered >= 40
+
+
+@virtual
+async def test_a_full_disk_stops_saves_and_not_training():
+    store = Store(disk_reserve_bytes=2**30)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run_id = await client.create()
+        store.state_files.free = 2**30 - 1
+        failure = await client.failure(await client.submit(run_id, 1, SaveCommand("weights", "a")))
+        assert (failure.category, "disk is full" in failure.message) == ("server", True)
+        assert "storage.disk_reserve_bytes is 1073741824" in failure.message
+        assert await client.do(run_id, 2, pass_command("p2")) == ("create", "p2")
+        assert (await plane.list_checkpoints(TENANT, run_id, None, 0))[1] == 0
+        store.state_files.free = 2**30
+        assert "path" in await client.do(run_id, 3, SaveCommand("weights", "a"))
+
+
+@virtual
+async def test_checkpoints_of_all_tenants_have_a_limit():
+    store = Store(checkpoints_max_bytes=150)
+    async with store.opened() as plane:
+        one, other = await Client(plane).open(), await Client(plane, "bob").open()
+        mine, his = await one.create(), await other.create()
+        path = (await one.do(mine, 1, SaveCommand("weights", "a")))["path"]
+        await other.do(his, 1, SaveCommand("weights", "a"))
+        failure = await other.failure(await other.submit(his, 2, SaveCommand("weights", "b")))
+        assert "storage.checkpoints_max_bytes is 150" in failure.message
+        await plane.delete_checkpoint(TENANT, path)
+        assert "path" in await other.do(his, 3, SaveCommand("weights", "b"))
+
+
+@virtual
+async def test_results_that_were_fetched_make_room_for_others_and_stay_gone():
+    store = Store(limits={"results_max_bytes": 1000})
+    group = EchoGroup()
+    group.bytes_per_result = 400
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        run_id = await client.create()
+        requests = [await client.submit(run_id, n, pass_command(f"p{n}")) for n in (1, 2, 3)]
+        await asyncio.sleep(1)
+        with pytest.raises(Busy, match="room for results is full"):
+            await client.submit(run_id, 4, pass_command("p4"))
+        await client.result(requests[1])
+        await asyncio.sleep(10)
+        states = [(await plane.poll(TENANT, request, 0)).state for request in requests]
+        assert states == ["done", "gone", "done"], "the only one that was fetched"
+        assert await client.do(run_id, 4, pass_command("p4")) == ("create", "p1", "p2", "p3", "p4")
+        await asyncio.sleep(120)  # a snapshot keeps what is left
+    async with store.opened() as plane:
+        states = [(await plane.poll(TENANT, request, 0)).state for request in requests]
+        assert states[1] == "gone"

@@ -96,6 +96,13 @@ async def test_results_expire_and_a_retired_run_leaves_only_its_results(tmp_path
         assert [each.seq_id for each in (await journal.history("run")).results] == [2]
 
 
+async def test_single_results_can_be_dropped(tmp_path):
+    async with opened(tmp_path) as journal:
+        await journal.cover(snapshot(3), [result(1), result(2), result(3)], 0)
+        await journal.drop_results(["run-1", "run-3", "never"])
+        assert [each.request_id for each in (await journal.history("run")).results] == ["run-2"]
+
+
 async def test_whoever_opens_it_fences_the_one_before(tmp_path):
     async with opened(tmp_path) as old:
         await old.append(entry(1))

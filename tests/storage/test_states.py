@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 
 import pytest
 
@@ -48,3 +49,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         checkpoints.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_it_knows_what_is_left_on_the_disk(tmp_path):
+    files = StateFiles(tmp_path)
+    assert 0 < files.free_bytes() <= shutil.disk_usage(tmp_path).total

@@ -144,7 +144,9 @@ class RankWorker:
             PULSE.beat()
             if self._rank > 0:
                 continue
-            if isinstance(item, Outcome) and num_bytes(item.value) > INLINE_BYTES:
+            if isinstance(item, Outcome):
+                item = dataclasses.replace(item, num_bytes=num_bytes(item.value))
+            if isinstance(item, Outcome) and item.num_bytes > INLINE_BYTES:
                 yield dataclasses.replace(item, value=NextItem(), metrics=summary_of(item.value))
                 yield item.value
             else:

@@ -294,6 +294,9 @@ class Assembler:
             raise _Done({"path": path_of(key_of(earlier)), "size_bytes": earlier.size_bytes})
         if self._is_over(entry.request_id):
             raise _Done(None)  # deleted since
+        no_room = None if self._keeper is None else self._keeper.no_room_for_a_save()
+        if no_room is not None:
+            raise _Refused(no_room)
         directory = checkpoints.reserve(run.run_id, command.kind, name, command.overwrite)
         now = self._books.clock.now()
         record = CheckpointRecord(

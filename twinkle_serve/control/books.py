@@ -42,8 +42,8 @@ class Books:
         self.promises.fail(request_id, failure, self.clock.now())
         self.watch.settled(request_id, failure)
 
-    def resolve(self, request_id: str, value: object) -> None:
-        self.promises.resolve(request_id, value, self.clock.now())
+    def resolve(self, request_id: str, value: object, num_bytes: int = 0) -> None:
+        self.promises.resolve(request_id, value, self.clock.now(), num_bytes)
         self.watch.settled(request_id, None)
 
     def sweep(self) -> list[str]:
@@ -70,7 +70,7 @@ def open_books(
     name_of: Callable[[str], str] = own_name,
 ) -> Books:
     """Books with everything in them that the catalogue remembers."""
-    promises = PromiseTable(limits.result_retention_s, new_token)
+    promises = PromiseTable(limits.result_retention_s, new_token, limits.results_max_bytes)
     sessions = Sessions(limits.session_expiry_s, catalog.put_session, new_token)
     runs = Runs(gap_timeout_s, catalog.put_run)
     samplers = Samplers(limits.sampler_snapshots_per_run, catalog.put_sampler)

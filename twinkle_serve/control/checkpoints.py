@@ -128,6 +128,11 @@ class Checkpoints:
         """Newest first."""
         return [self._records[key] for key in reversed(self._by_tenant.get(tenant, {}))]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tenants."""
+        return self._num_bytes.total()
+
     def bytes_of(self, tenant: str) -> int:
         """The size of all that is listed for the tenant."""
         return self._num_bytes[tenant]

@@ -271,7 +271,7 @@ class GroupDriver:
                 flight.on_failure(outcome.failure)
                 self.books.fail(flight.request_id, outcome.failure)
             else:
-                self.books.resolve(flight.request_id, flight.on_value(outcome.value))
+                self.books.resolve(flight.request_id, flight.on_value(outcome.value), outcome.num_bytes)
         except Exception:
             logger.exception("could not take note of the outcome of request %s", flight.request_id)
             self.books.fail(flight.request_id, INTERNAL_ERROR)

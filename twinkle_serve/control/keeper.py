@@ -65,7 +65,7 @@ class Keeper:
         self._writing: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._expired_at = 0.0
-        # Of the tick that runs, by base model: how much work each run has in it, and who is snapshotted.
+        # Of the tick that runs, by group: how much work each run has in it, and who is snapshotted.
         self._work: dict[str, Counter[str]] = defaultdict(Counter)
         self._held: dict[str, list[Kept]] = defaultdict(list)
 
@@ -74,9 +74,9 @@ class Keeper:
         """The request that has been waiting longest to get to disk."""
         return next(iter(self._writing), None)
 
-    def oldest_change(self, base_model: str) -> float | None:
-        """When the oldest change of one of the model's runs was made that no snapshot has, POSIX seconds."""
-        runs = (k for k in self.kept.values() if k.run.record.base_model == base_model)
+    def oldest_change(self, group: str) -> float | None:
+        """When the oldest change of one of the group's runs was made that no snapshot has, POSIX seconds."""
+        runs = (k for k in self.kept.values() if k.run.group == group)
         return min((k.dirty_since for k in runs if k.dirty_since is not None), default=None)
 
     # accepting ------------------------------------------------------------------------------------
@@ -89,6 +89,25 @@ class Keeper:
             for kept in self.kept.values():
                 kept.is_urgent = kept.dirty_since is not None
             raise BackendUnavailable("the journal is full; it empties as runs are snapshotted")
+
+    def no_room_for_a_save(self) -> Failure | None:
+        """Why no further checkpoint may be written now. The last of the disk is for the journal and the
+        snapshots, without which nobody could train on."""
+        used, limit = self.books.checkpoints.num_bytes, self._config.checkpoints_max_bytes
+        if used >= limit:
+            return Failure(
+                f"all checkpoints on this server take {used} bytes, and storage.checkpoints_max_bytes is "
+                f"{limit}; nothing was saved; delete some",
+                "server",
+            )
+        free, reserve = self.files.free_bytes(), self._config.disk_reserve_bytes
+        if free < reserve:
+            return Failure(
+                f"the server's disk is full ({free} bytes are left, and storage.disk_reserve_bytes is "
+                f"{reserve}); nothing was saved",
+                "server",
+            )
+        return None
 
     def accept(self, run: Run, seq_id: int, request_id: str, command: RunCommand, numbered: bool) -> None:
         """Begin to write a command down. It may be executed meanwhile, but nobody may be told that it was
@@ -141,7 +160,7 @@ class Keeper:
         if isinstance(entry.command, RestoreCommand):
             return
         kept.done.append(entry.seq_id)
-        self._work[run.record.base_model][run.run_id] += 1 + num_tokens(entry.command)
+        self._work[run.group][run.run_id] += 1 + num_tokens(entry.command)
         if kept.dirty_since is None and entry.seq_id > kept.covered:
             kept.dirty_since = self.books.clock.now()
         match entry.command:
@@ -151,9 +170,9 @@ class Keeper:
                 # Its checkpoint may be deleted or replaced, and then it cannot be done again.
                 kept.is_urgent = True
 
-    def ticked(self, base_model: str, seconds: Mapping[str, float]) -> None:
+    def ticked(self, group: str, seconds: Mapping[str, float]) -> None:
         """The tick is over, and took so long by phase."""
-        work, held = self._work.pop(base_model, Counter()), self._held.pop(base_model, [])
+        work, held = self._work.pop(group, Counter()), self._held.pop(group, [])
         spent = sum(seconds.get(phase, 0.0) for phase in ("move", "passes", "optim"))
         for run_id, share in work.items():
             if run_id in self.kept:
@@ -161,9 +180,9 @@ class Keeper:
         for kept in held:
             kept.hold_s = seconds.get("save", 0.0) / len(held)
 
-    def due(self, base_model: str) -> list[str]:
-        """The runs of a model that should be snapshotted at the end of the coming tick."""
-        runs = [kept for kept in self.kept.values() if kept.run.record.base_model == base_model]
+    def due(self, group: str) -> list[str]:
+        """The runs of a group that should be snapshotted at the end of the coming tick."""
+        runs = [kept for kept in self.kept.values() if kept.run.group == group]
         return due(runs, self._config, self.books.clock.now())
 
     def persist(self, run_id: str, slot: int | None) -> tuple[PersistRun, Flight]:
@@ -173,7 +192,7 @@ class Keeper:
         name = self.files.name_for(run_id, f"{covered}.{self._new_token()}")
         request_id = f"persist {name}"
         kept.begin_snapshot()
-        self._held[kept.run.record.base_model].append(kept)
+        self._held[kept.run.group].append(kept)
 
         def written(num_bytes: int) -> None:
             snapshot = StoredSnapshot(run_id, covered, name, num_bytes, self.books.clock.now())
@@ -208,8 +227,9 @@ class Keeper:
             self.files.remove(snapshot.file)
             self._not_persisted(kept)
             return
-        for result in results:
-            kept.unstored.pop(result.seq_id, None)
+        # All of them are settled; what is not among the results nobody can ask for any more.
+        for seq_id in [seq_id for seq_id in kept.unstored if seq_id <= snapshot.covered]:
+            del kept.unstored[seq_id]
         if older and older[0].covered == snapshot.covered:
             dropped, older = [*dropped, *older], []
         kept.snapshots, kept.bad = [snapshot, *older], []
@@ -305,6 +325,9 @@ class Keeper:
         if now - self._expired_at >= _EXPIRE_EVERY_S:
             self._expired_at = now
             self.journal.expire_results(now - self._retention_s)
+        dropped = self.books.promises.take_dropped()
+        if dropped:
+            self.journal.drop_results(dropped)
 
     # tasks ----------------------------------------------------------------------------------------
 

@@ -6,12 +6,13 @@ Knows owners, waiters and retention. Does not know what was promised or what a v
 from __future__ import annotations
 
 import secrets
-from collections import deque
+import sys
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, TRAINING_ID_PREFIX, Poll
+from twinkle_serve.control.results import Retention
 from twinkle_serve.protocol.work import Failure
 
 GONE = Poll("gone")
@@ -50,13 +51,18 @@ _NOTHING = Pending()
 
 class PromiseTable:
     """Settled promises can be polled again and again until ``retention_s`` after settling: a response
-    that got lost on its way is asked for a second time."""
+    that got lost on its way is asked for a second time. Results above ``max_bytes``: see Retention."""
 
-    def __init__(self, retention_s: float, new_token: Callable[[], str] = random_token) -> None:
-        self._retention_s = retention_s
+    def __init__(
+        self,
+        retention_s: float,
+        new_token: Callable[[], str] = random_token,
+        max_bytes: int = sys.maxsize,
+    ) -> None:
+        self._results = Retention(retention_s, max_bytes)
         self._new_token = new_token
+        self._dropped: list[str] = []
         self._promises: dict[str, Promise] = {}
-        self._settled: deque[tuple[float, str]] = deque()
         self._num_waiters = 0
         self._pending: dict[str, Pending] = {}
         self.num_pending = 0
@@ -95,7 +101,16 @@ class PromiseTable:
     def look(self, tenant: str, request_id: str) -> Poll:
         """What the owner sees now. Another tenant's promise is gone, as if it never was."""
         promise = self._promises.get(request_id)
-        return promise.poll if promise is not None and promise.tenant == tenant else GONE
+        if promise is None or promise.tenant != tenant:
+            return GONE
+        if promise.poll.state == "done":
+            self._results.fetched(request_id)
+        return promise.poll
+
+    @property
+    def is_full(self) -> bool:
+        """Whether results take more room than they may, so that no new promise should be made."""
+        return self._results.is_full
 
     def origin(self, request_id: str) -> Hashable:
         return self._promises[request_id].origin
@@ -106,8 +121,9 @@ class PromiseTable:
         origin = promise.origin if promise is not None else None
         return str(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
 
-    def resolve(self, request_id: str, value: Any, now: float) -> None:
-        self._settle(request_id, Poll("done", value=value), now)
+    def resolve(self, request_id: str, value: Any, now: float, num_bytes: int = 0) -> None:
+        """num_bytes: about what the value takes, here or where it lies."""
+        self._settle(request_id, Poll("done", value=value), now, num_bytes)
 
     def fail(self, request_id: str, failure: Failure, now: float) -> None:
         self._settle(request_id, Poll("done", failure=failure), now)
@@ -148,11 +164,14 @@ class PromiseTable:
 
     def sweep(self, now: float) -> list[Hashable]:
         """Forget what has been kept long enough; the origins of the forgotten promises."""
-        origins = []
-        while self._settled and self._settled[0][0] + self._retention_s <= now:
-            _, request_id = self._settled.popleft()
-            origins.append(self._promises.pop(request_id).origin)
-        return origins
+        gone, early = self._results.expire(now)
+        self._dropped += early
+        return [self._promises.pop(request_id).origin for request_id in (*gone, *early)]
+
+    def take_dropped(self) -> list[str]:
+        """The ids of what ``sweep`` forgot before its time, since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
     def _add(self, promise: Promise) -> None:
         assert promise.request_id not in self._promises
@@ -170,7 +189,7 @@ class PromiseTable:
         if not pending.requests:
             del self._pending[promise.tenant]
 
-    def _settle(self, request_id: str, poll: Poll, now: float) -> None:
+    def _settle(self, request_id: str, poll: Poll, now: float, num_bytes: int = 0) -> None:
         # The first answer stands: a cancelled sample may still come in, a lost tick may still report.
         promise = self._promises.get(request_id)
         if promise is None or promise.poll.state != "pending":
@@ -178,7 +197,7 @@ class PromiseTable:
         promise.poll = poll
         promise.progress = []
         self._no_longer_pending(promise)
-        self._settled.append((now, request_id))
+        self._results.settled(request_id, num_bytes, now)
         self._wake(promise)
 
     def _wake(self, promise: Promise) -> None:

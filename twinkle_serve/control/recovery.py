@@ -184,7 +184,7 @@ def _restore_result(keeper: Keeper, run: Run, result: StoredResult) -> None:
     if failure is not None:
         promises.fail(result.request_id, failure, result.settled_at)
     else:
-        promises.resolve(result.request_id, value, result.settled_at)
+        promises.resolve(result.request_id, value, result.settled_at, len(result.payload))
     _remember(keeper, run, result.seq_id, result.request_id, result.numbered)
 
 

@@ -37,7 +37,7 @@ from twinkle_serve.control.sessions import Session
 from twinkle_serve.control.views import text_values
 from twinkle_serve.control.watch import Watch
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
-from twinkle_serve.protocol.errors import BackendUnavailable, UserError
+from twinkle_serve.protocol.errors import CAPACITY, BackendUnavailable, Busy, UserError
 from twinkle_serve.protocol.work import Failure, ModelInfo
 from twinkle_serve.storage.records import LossRecord, RunRecord, SamplerRecord
 
@@ -49,6 +49,7 @@ _LISTING_S = 2.0
 _RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
 _FULL = "this server's room for adapters is full; a new run starts once another one ends"
 _STOPPING = Failure("the server is shutting down", "server")
+_RESULTS = "this server's room for results is full; it empties as they are fetched or grow old"
 
 
 class ControlPlane(OnRecord):
@@ -543,4 +544,6 @@ class ControlPlane(OnRecord):
             for driver in self._drivers.values():
                 if self._keeper.due(driver.base_model):
                     driver.wake()
+        if self._books.promises.is_full:
+            raise Busy(_RESULTS, CAPACITY)
         self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)

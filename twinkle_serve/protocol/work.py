@@ -198,12 +198,13 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The answer to one request of a tick: ``value`` or ``failure``. metrics: the numbers in a value that
-    stays with the rank's process and is only referred to."""
+    stays with the rank's process and is only referred to. num_bytes: about what the value takes."""
 
     request_id: str
     value: Any = None
     failure: Failure | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

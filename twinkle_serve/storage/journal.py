@@ -124,6 +124,9 @@ class Journal:
             )
         )
 
+    def drop_results(self, request_ids: Sequence[str]) -> asyncio.Future[None]:
+        return self._do(lambda connection: _drop_results(connection, request_ids))
+
     def flush(self) -> asyncio.Future[None]:
         """Done when everything asked for before is on disk."""
         return self._do(lambda connection: None)
@@ -264,10 +267,13 @@ def _next_epoch(connection: sa.Connection) -> int:
 def _store(connection: sa.Connection, results: Sequence[StoredResult]) -> None:
     if not results:
         return
-    ids = [result.request_id for result in results]
+    _drop_results(connection, [result.request_id for result in results])
+    connection.execute(RESULTS.insert(), [row_of(result) for result in results])
+
+
+def _drop_results(connection: sa.Connection, ids: Sequence[str]) -> None:
     for start in range(0, len(ids), 500):
         connection.execute(RESULTS.delete().where(RESULTS.c.request_id.in_(ids[start : start + 500])))
-    connection.execute(RESULTS.insert(), [row_of(result) for result in results])
 
 
 def _drop_snapshots(connection: sa.Connection, run_id: str, covered: Collection[int]) -> None:

@@ -7,6 +7,7 @@ written. Users' checkpoints are elsewhere (catalog.py).
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import quote
@@ -32,6 +33,10 @@ class StateFiles:
 
     def exists(self, name: str) -> bool:
         return (self._directory / name).exists()
+
+    def free_bytes(self) -> int:
+        """What is left on the file system."""
+        return shutil.disk_usage(self._directory).free
 
     def remove(self, name: str) -> None:
         """Nothing happens if it is gone."""
