@@ -10,7 +10,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo lint test test-faults bench-engine bench-sampling bench-durability clean
+.PHONY: help venv demo lint test test-faults bench-engine bench-sampling bench-flood bench-durability clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-engine      many tenants in one pass beside one after another, and adapter paging"
 	@echo "make bench-sampling    tokens a second beside transformers.generate"
 	@echo "make bench-durability  cost of journal and snapshots on a training step"
+	@echo "make bench-flood       one flooding and four modest tenants"
 	@echo "make lint              ruff and mypy only"
 	@echo "make venv              .venv with the package in it: .venv/bin/twinkle-serve"
 	@echo "make clean             remove the virtual environment (models/ stays)"
@@ -57,6 +58,9 @@ bench-sampling: $(STAMP)
 test-faults: $(STAMP)
 	TWINKLE_SCHEDULES=10000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage
 	TWINKLE_FAULT_SEEDS=50 $(BIN)/python -m pytest tests/faults --durations=10
+
+bench-flood: $(STAMP)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m benchmarks.flood
 
 bench-durability: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.durability
