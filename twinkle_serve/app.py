@@ -67,6 +67,7 @@ def ingress_app(config: Config) -> Any:
     from twinkle_serve.cluster.metrics import RayMeter
     from twinkle_serve.cluster.serve_binding import bind_to_node_address
     from twinkle_serve.cluster.tracing import span_exporter
+    from twinkle_serve.console.app import add_console
     from twinkle_serve.gateway.app import create_app
     from twinkle_serve.logs import configure_logs
     from twinkle_serve.storage.secret import shared_secret
@@ -82,5 +83,6 @@ def ingress_app(config: Config) -> Any:
         meter=RayMeter(),
         export_span=span_exporter(config.monitoring.otlp_endpoint, "ingress"),
     )
+    add_console(app)
     app.router.lifespan_context = client.attached
     return app

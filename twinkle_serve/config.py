@@ -347,7 +347,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _open_is_private(self) -> Config:
-        if self.auth.mode == "open" and not self.auth.allow_public and not _is_loopback(self.http.host):
+        if self.auth.mode == "open" and not self.auth.allow_public and not is_loopback(self.http.host):
             raise ValueError(
                 f"auth.mode open lets anybody in, so http.host {self.http.host} must be a loopback address; "
                 "auth.allow_public=true overrides this"
@@ -392,7 +392,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return Config.model_validate(tree).resolved(Path.cwd())
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

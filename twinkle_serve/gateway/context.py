@@ -5,7 +5,7 @@ Knows how to reach them from a request. Keeps no state that another replica woul
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -134,8 +134,15 @@ def gateway_of(request: Request) -> Gateway:
 
 async def authenticate(request: Request) -> AsyncIterator[Call]:
     """Raises Unauthorized, Busy or BackendUnavailable."""
+    async with admitted(request, request.headers) as call:
+        yield call
+
+
+@asynccontextmanager
+async def admitted(request: Request, headers: Mapping[str, str]) -> AsyncIterator[Call]:
+    """The caller whose key is in ``headers``. Raises as ``authenticate``."""
     gateway = gateway_of(request)
-    caller = await gateway.identity.identify(request.headers)
+    caller = await gateway.identity.identify(headers)
     request.state.tenant = caller.tenant  # for the log
     limits = gateway.config.limits.of(caller.tenant, caller.name)
     with gateway.doors.visit(caller.tenant, limits) as visit:
