@@ -512,6 +512,8 @@ class ControlPlane(OnRecord):
     ) -> str:
         if self._closing:
             raise BackendUnavailable(_STOPPING.message)
+        if self._books.promises.is_full:
+            raise Busy(_RESULTS, CAPACITY)
         if sampling:
             self._books.quotas.check_room(tenant)
         request_id = self._books.promises.open(tenant, origin, sampling, num_bytes)
@@ -544,6 +546,4 @@ class ControlPlane(OnRecord):
             for driver in self._drivers.values():
                 if self._keeper.due(driver.base_model):
                     driver.wake()
-        if self._books.promises.is_full:
-            raise Busy(_RESULTS, CAPACITY)
         self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)
