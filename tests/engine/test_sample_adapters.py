@@ -10,6 +10,8 @@ from tests.engine.test_adapter_pool import LAYOUT, pool, state
 from twinkle_serve.engine.adapter_pool import PoolFull
 from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.sample_adapters import SampleAdapters
+from twinkle_serve.engine.sharding.ranks import Ranks
+from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.protocol.work import AdapterRef
 
 
@@ -19,7 +21,7 @@ def adapters(tmp_path: Path) -> SampleAdapters:
     store = PageStore(tmp_path, host_bytes=2**20)
     for seed, name in enumerate("abc"):
         store.put(name, state(4, seed=seed))
-    return SampleAdapters(LAYOUT, store, pool(8))
+    return SampleAdapters(Shares(LAYOUT, Ranks(), split_experts=False), store, pool(8))
 
 
 def test_one_that_is_held_stays_and_an_idle_one_goes(adapters: SampleAdapters) -> None:

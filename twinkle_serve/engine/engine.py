@@ -32,6 +32,7 @@ from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.engine.sharding.ranks import PeerFailed, RankLost, Ranks
+from twinkle_serve.engine.sharding.sampler import SharedSampler
 from twinkle_serve.engine.slots import AdapterState, SlotPool
 from twinkle_serve.engine.state_files import StateWriter, read_state
 from twinkle_serve.engine.trainer import Trainer
@@ -90,8 +91,9 @@ class Engine:
         self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
         num_rows = config.sampler.adapter_slots * config.max_rank
         pool = AdapterPool(self.base.layout, num_rows, self.base.device, self.base.dtype)
-        self._adapters = SampleAdapters(self.base.layout, self._snapshots, pool)
-        self._sampler = Sampler(self.base, self._adapters, config.sampler, directory)
+        self._adapters = SampleAdapters(self._shares, self._snapshots, pool)
+        sampler = Sampler if self.ranks.size == 1 else SharedSampler
+        self._sampler = sampler(self.base, self._adapters, config.sampler, directory)
 
     @property
     def info(self) -> ModelInfo:

@@ -7,11 +7,12 @@ adapters share the device's memory (adapter_pool.py).
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from functools import partial
 
 from twinkle_serve.engine.adapter_files import load_adapter
 from twinkle_serve.engine.adapter_pool import AdapterPool, Pooled, PoolFull
-from twinkle_serve.engine.layout import AdapterLayout
 from twinkle_serve.engine.page_store import PageStore
+from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import read_state
 from twinkle_serve.protocol.work import AdapterRef
@@ -22,8 +23,8 @@ class SampleAdapters:
     """Adapters stay in the pool until their place is needed. One that a running request holds is never
     evicted, so eviction is never seen by a client."""
 
-    def __init__(self, layout: AdapterLayout, snapshots: PageStore, pool: AdapterPool) -> None:
-        self._layout = layout
+    def __init__(self, shares: Shares, snapshots: PageStore, pool: AdapterPool) -> None:
+        self._shares = shares
         self._snapshots = snapshots
         self.pool = pool
         self._at_hand: OrderedDict[str, Pooled] = OrderedDict()  # the least recently used first
@@ -73,6 +74,10 @@ class SampleAdapters:
     def _read(self, ref: AdapterRef) -> AdapterState:
         if ref.directory is None:
             return self._snapshots.get(ref.adapter)
-        if ref.directory.endswith(STATE_SUFFIX):
-            return read_state(ref.directory)
-        return load_adapter(ref.directory, self._layout, optimizer=False)
+        whole = self._shares.ranks.on_first(partial(self._read_whole, ref.directory))
+        return self._shares.distribute(whole)
+
+    def _read_whole(self, path: str) -> AdapterState:
+        if path.endswith(STATE_SUFFIX):
+            return read_state(path)
+        return load_adapter(path, self._shares.whole, optimizer=False)

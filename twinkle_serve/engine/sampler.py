@@ -88,7 +88,7 @@ class Sampler:
             try:
                 self._waiting.append(self._job(sample))
             except (ValueError, OSError) as error:
-                yield _refusal(sample, error)
+                yield refusal(sample, error)
         deadline = time.perf_counter() + budget_s
         while self.num_active and budget_s > 0:
             try:
@@ -184,13 +184,16 @@ class Sampler:
                 return
             except (ValueError, KeyError, OSError, CheckpointError) as error:
                 self._waiting.popleft()
-                yield _refusal(job.sample, error)
+                yield refusal(job.sample, error)
                 continue
             self._waiting.popleft()
             num_sequences += job.request.num_samples
-            self._running[job.sample.request_id] = job
-            job.sequences.append(self._sequence(job, 0))
-            self._prefilling.append(job.sequences[0])
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        self._running[job.sample.request_id] = job
+        job.sequences.append(self._sequence(job, 0))
+        self._prefilling.append(job.sequences[0])
 
     def _sequence(self, job: Job, index: int) -> Sequence:
         stop = StopRule(job.request.params, self._text.decode)
@@ -373,7 +376,7 @@ def _outcome(job: Job) -> Outcome:
     return Outcome(job.sample.request_id, failure=Failure(f"the logits are not finite: {advice}"))
 
 
-def _refusal(sample: Sample, error: Exception) -> Outcome:
+def refusal(sample: Sample, error: Exception) -> Outcome:
     logger.info("sample %s refused: %r", sample.request_id, error)
     # What else is wrong with a checkpoint names a path, which is not the user's to know.
     message = (

@@ -1,0 +1,219 @@
+"""Sampling over a group: every request is decoded by one rank, and all ranks step together.
+
+Each rank runs the plain sampler on its own requests, with its own part of the KV cache; what it must not do
+alone is go through the model, take an adapter into the pool, or stop. Knows which rank has which request.
+Does not know how a rank schedules its own (engine/sampler.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from twinkle_serve.config import SamplerConfig
+from twinkle_serve.engine.adapter_pool import Pooled, PoolFull
+from twinkle_serve.engine.attention import PackedCausal
+from twinkle_serve.engine.base_model import BaseModel
+from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
+from twinkle_serve.engine.sample_adapters import SampleAdapters
+from twinkle_serve.engine.sampler import Sampler, refusal
+from twinkle_serve.engine.sequences import Sequence
+from twinkle_serve.engine.sharding.ranks import RankLost
+from twinkle_serve.engine.slots import Adapter
+from twinkle_serve.protocol.work import AdapterRef, Outcome, Progress, Sample
+from twinkle_serve.storage.checkpoints import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+Proposal = tuple[str, AdapterRef | None]
+Rows = list[tuple[int | None, int]]
+"""(an adapter's first row in the pool, or None; how many rows it has), one after the other."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """A request of the group, on every rank. pooled: its adapter, once the request is admitted."""
+
+    owner: int
+    num_sequences: int
+    pooled: Pooled | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What a rank tells the others between two steps. over: its clock says that the time is up."""
+
+    items: list[Outcome | Progress] = field(default_factory=list)
+    proposals: list[Proposal] = field(default_factory=list)
+    over: bool = False
+
+
+class SharedSampler(Sampler):
+    """A Sampler that is one of a group's. All ranks make the same calls; only the first yields anything."""
+
+    def __init__(
+        self, base: BaseModel, adapters: SampleAdapters, config: SamplerConfig, directory: Path
+    ) -> None:
+        size = base.ranks.size
+        own = {
+            "kv_cache_tokens": max(BLOCK_TOKENS, config.kv_cache_tokens // size),
+            "max_batch": -(-config.max_batch // size),
+        }
+        super().__init__(base, adapters, config.model_copy(update=own), directory)
+        self._ranks = base.ranks
+        self._members: dict[str, _Member] = {}
+        self._outbox: list[Outcome | Progress] = []
+
+    @property
+    def num_active(self) -> int:
+        """Requests of the whole group, the same on all ranks."""
+        return len(self._members)
+
+    def run(
+        self, cancels: SequenceOf[str], samples: SequenceOf[Sample], budget_s: float
+    ) -> Iterator[Outcome | Progress]:
+        for request_id in cancels:
+            self._cancel(request_id)
+            self._end_membership(request_id)
+        for sample in samples:
+            self._take(sample)
+        if not self._members:
+            return
+        deadline = time.perf_counter() + budget_s
+        over = budget_s <= 0
+        while True:
+            news = self._ranks.everyone(_News(self._outbox, self._proposals(), over))
+            self._outbox = []
+            for items in [rank.items for rank in news]:
+                yield from items
+                for item in items:
+                    if isinstance(item, Outcome):
+                        self._end_membership(item.request_id)
+            if not self._members or news[0].over:  # the first rank's clock counts: they all differ
+                return
+            for rank in news:
+                for proposal in rank.proposals:
+                    self._admit_member(*proposal)
+            self._shared_step()
+            self._outbox += self._progress()
+            over = time.perf_counter() >= deadline
+
+    # who is there ---------------------------------------------------------------------------------
+
+    def _take(self, sample: Sample) -> None:
+        """Give a new request to the rank with the fewest sequences."""
+        loads = [0] * self._ranks.size
+        for member in self._members.values():
+            loads[member.owner] += member.num_sequences
+        owner = loads.index(min(loads))
+        self._members[sample.request_id] = _Member(owner, sample.request.num_samples)
+        if owner == self._ranks.rank:
+            try:
+                self._waiting.append(self._job(sample))
+            except (ValueError, OSError) as error:
+                self._outbox.append(refusal(sample, error))
+
+    def _end_membership(self, request_id: str) -> None:
+        member = self._members.pop(request_id, None)
+        if member is None:
+            return
+        self._pool_is_full = False
+        if member.pooled is not None and member.owner != self._ranks.rank:
+            self._adapters.let_go(member.pooled)  # the owner did when its job ended
+
+    def _proposals(self) -> list[Proposal]:
+        """The waiting requests that this rank has room for, oldest first."""
+        if self._pool_is_full:
+            return []
+        found: list[Proposal] = []
+        num_sequences = sum(job.request.num_samples for job in self._running.values())
+        for job in self._waiting:
+            num_sequences += job.request.num_samples
+            if num_sequences > self._config.max_batch and (self._running or found):
+                break
+            found.append((job.sample.request_id, job.sample.adapter))
+        return found
+
+    def _admit_member(self, request_id: str, ref: AdapterRef | None) -> None:
+        """On every rank: rows of this request come to all of them, wherever it is decoded."""
+        if self._pool_is_full:
+            return  # whoever comes later waits too, or this one would starve
+        member = self._members[request_id]
+        error: Exception | None = None
+        if ref is not None:
+            try:
+                member.pooled = self._hold(ref)
+            except PoolFull:
+                self._pool_is_full = True
+                return
+            except (ValueError, KeyError, OSError, CheckpointError) as raised:
+                error = raised
+        if member.owner != self._ranks.rank:
+            return
+        job = self._waiting.popleft()
+        assert job.sample.request_id == request_id
+        if error is not None:
+            self._outbox.append(refusal(job.sample, error))
+            return
+        job.pooled = member.pooled
+        self._start(job)
+
+    def _hold(self, ref: AdapterRef) -> Pooled:
+        """The adapter on all ranks, or the same error on all. Raises RankLost."""
+        pooled, error = None, None
+        try:
+            pooled = self._adapters.hold(ref)
+        except (ValueError, KeyError, OSError, CheckpointError, PoolFull) as raised:
+            error = raised
+        failures = [failure for failure in self._ranks.everyone(error) if failure is not None]
+        if failures and pooled is not None:
+            self._adapters.let_go(pooled)
+            self._adapters.drop(ref.adapter)
+        if failures:
+            raise failures[0]
+        assert pooled is not None
+        return pooled
+
+    # through the model together -------------------------------------------------------------------
+
+    def _shared_step(self) -> None:
+        with torch.no_grad():
+            chunks = self._plan_prefill()
+            self._go([(sequence, count) for sequence, count in chunks], lambda: self._prefill(chunks))
+            self._outbox += self._finished()
+            decodes = bool(self._decoding) and self._make_room()
+            self._go([(sequence, 1) for sequence in self._decoding] if decodes else [], self._decode)
+            self._outbox += self._finished()
+
+    def _go(self, rows: list[tuple[Sequence, int]], action: Callable[[], None]) -> None:
+        """``action`` takes ``rows`` through the model once. A rank without rows goes along with one of its
+        own; if no rank has any, none goes."""
+        ordered = sorted(rows, key=lambda row: row[0].job.place)
+        places: Rows = [(s.job.pooled.first if s.job.pooled else None, count) for s, count in ordered]
+        by_rank = self._ranks.everyone(places)
+        if not any(by_rank):
+            return
+        self._base.enter([self._stretches(places) for places in by_rank])
+        try:
+            action() if rows else self._go_along()
+        except RankLost:
+            raise
+        except Exception:
+            logger.exception("a sampling step failed")
+            self._base.sharding.complete()
+            self._outbox += self._abort()
+        self._base.sharding.leave()
+
+    def _go_along(self) -> None:
+        zero = torch.zeros(1, dtype=torch.int64, device=self._base.device)
+        self._base.hidden_states(zero, zero, PackedCausal([1]))
+
+    def _stretches(self, places: Rows) -> list[tuple[Adapter | None, int]]:
+        held = {m.pooled.first: m.pooled.adapter for m in self._members.values() if m.pooled is not None}
+        return [(None if first is None else held[first], count) for first, count in places] or [(None, 1)]
