@@ -71,14 +71,14 @@ class Assembler:
 
     def __init__(
         self,
-        base_model: str,
+        group: str,
         books: Books,
         residency: Residency,
         microbatch_tokens: int,
         deterministic: bool,
         keeper: Keeper | None = None,
     ) -> None:
-        self._base_model = base_model
+        self._group = group
         self._books = books
         self._residency = residency
         self._microbatch_tokens = microbatch_tokens
@@ -152,7 +152,7 @@ class Assembler:
         )
 
     def _evicted(self) -> list[str]:
-        names = self._books.samplers.evict(self._base_model)
+        names = self._books.samplers.evict(self._group)
         if self._keeper is not None:
             for name in names:
                 self._keeper.files.remove(self._keeper.sampler_file(name))
@@ -162,7 +162,7 @@ class Assembler:
         """Let the runs whose time has come be written to disk as they are when this tick is over."""
         if self._keeper is None:
             return
-        for run_id in self._keeper.due(self._base_model):
+        for run_id in self._keeper.due(self._group):
             if self._residency.knows(run_id):
                 order, flight = self._keeper.persist(run_id, self._residency.slot_of(run_id))
                 assembly.persists.append(order)
@@ -357,7 +357,8 @@ class Assembler:
                     run_id=run.run_id,
                     snapshot=sampler_id,
                     seq_id=entry.seq_id,
-                )
+                ),
+                run.group,
             )
             samplers.retire(run.run_id)
             return {"sampling_session_id": sampler_id}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.admission import SampleQueue
@@ -52,10 +53,12 @@ class GroupDriver:
         weight: Callable[[str], float],
         recover: Recover,
         keeper: Keeper | None = None,
+        name: str | None = None,
     ) -> None:
+        """name: of the group, where its base model has several."""
         self.group = group
         self.books = books
-        self.base_model = group.info.name
+        self.name = name or group.info.name
         self.lost: GroupLost | None = None
         self.residency = Residency(group.info.max_slots)
         self.planner = Planner(
@@ -68,13 +71,13 @@ class GroupDriver:
             spend=books.quotas.spend,
         )
         self._assembler = Assembler(
-            self.base_model, books, self.residency, config.microbatch_tokens, config.deterministic, keeper
+            self.name, books, self.residency, config.microbatch_tokens, config.deterministic, keeper
         )
         self._recover = recover
         self._keeper = keeper
         self._suspects = Suspects()
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
-        books.watch.add_group(group.info, config.planner.tick_tokens, config.ranks)
+        books.watch.add_group(replace(group.info, name=self.name), config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
         self._flights: dict[str, Flight] = {}
         self._num_sequences = 0
@@ -89,6 +92,11 @@ class GroupDriver:
     @property
     def healthy(self) -> bool:
         return self.lost is None and self._task is not None and not self._task.done()
+
+    @property
+    def num_sequences(self) -> int:
+        """Samples that are decoded or wait for it."""
+        return self._num_sequences + len(self._queue)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._loop())
@@ -169,7 +177,7 @@ class GroupDriver:
             if run is not None and run.down is None:
                 run.down = failure
         self._assembler.lose_all()
-        self.books.samplers.lose_snapshots(self.base_model)
+        self.books.samplers.lose_snapshots(self.name)
         self._cancels.clear()
         for flight in [*self._flights.values(), *(flight for _, flight in self._queue.drain())]:
             flight.on_failure(failure)
@@ -191,7 +199,7 @@ class GroupDriver:
                 else:
                     await self._step()
             except Exception:
-                logger.exception("the tick loop of %s failed; it goes on in %g s", self.base_model, _RETRY_S)
+                logger.exception("the tick loop of %s failed; it goes on in %g s", self.name, _RETRY_S)
                 await self._pause(_RETRY_S)
 
     async def _step(self) -> None:
@@ -204,10 +212,10 @@ class GroupDriver:
         try:
             tick = self._assemble(window, assembly)
             if tick is not None:
-                self.books.watch.tick_began(self.base_model, tick, window)
+                self.books.watch.tick_began(self.name, tick, window)
                 await self._run(tick)
         except Exception:
-            logger.exception("a tick of %s failed", self.base_model)
+            logger.exception("a tick of %s failed", self.name)
             if tick is None:
                 self._flights.update(assembly.flights)  # nothing of it was sent, so nothing is settled yet
             self._fail(window, assembly)
@@ -241,9 +249,9 @@ class GroupDriver:
                 else:
                     self._read(message)
         except GroupLost as lost:
-            logger.error("the group of %s is lost: %s", self.base_model, lost)
+            logger.error("the group of %s is lost: %s", self.name, lost)
             self.lost = lost
-            self.books.watch.tick_lost(self.base_model)
+            self.books.watch.tick_lost(self.name)
             await self._recover_for_sure(lost)
 
     async def _recover_for_sure(self, lost: GroupLost) -> None:
@@ -252,9 +260,7 @@ class GroupDriver:
             try:
                 return await self._recover(self, lost)
             except Exception:
-                logger.exception(
-                    "recovery of %s failed; it is tried again in %g s", self.base_model, _RETRY_S
-                )
+                logger.exception("recovery of %s failed; it is tried again in %g s", self.name, _RETRY_S)
                 await self._pause(_RETRY_S)
 
     def _settle(self, outcome: Outcome) -> None:
@@ -304,12 +310,12 @@ class GroupDriver:
         """A waiting run's position, 1 being next, and about how many seconds it has to wait (None: nobody
         knows yet). None if it does not wait for a tick."""
         position = self.planner.position(run.tenant, run.run_id)
-        return _standing(position, self.books.watch.seconds_per_run(self.base_model))
+        return _standing(position, self.books.watch.seconds_per_run(self.name))
 
     def sample_standing(self, tenant: str, request_id: str) -> tuple[int, float | None] | None:
         """The same of a sample."""
         position = self._queue.position(tenant, request_id)
-        return _standing(position, self.books.watch.seconds_per_sample(self.base_model))
+        return _standing(position, self.books.watch.seconds_per_sample(self.name))
 
     def is_working_for(self, run_id: str) -> bool:
         """Whether something of the run is in the tick that runs, or being saved."""
@@ -321,9 +327,9 @@ class GroupDriver:
         return paged > self._page_bytes
 
     def _read(self, report: TickReport) -> None:
-        self.books.watch.tick_ended(self.base_model, report)
+        self.books.watch.tick_ended(self.name, report)
         if self._keeper is not None:
-            self._keeper.ticked(self.base_model, report.seconds)
+            self._keeper.ticked(self.name, report.seconds)
         was_full, self._reported = self.is_full(), report.gauges
         if was_full and not self.is_full():
             self._event.set()  # for the runs that wait to be created
@@ -383,7 +389,7 @@ class GroupDriver:
     async def _rebuild(self) -> None:
         await self.group.rebuild()
         self.lost = None
-        logger.warning("the group of %s is up again", self.base_model)
+        logger.warning("the group of %s is up again", self.name)
 
     def _must_wait(self, entry: RunEntry) -> bool:
         """A load waits for a save to the same path that is still being written, a new run for a place, and

@@ -108,7 +108,7 @@ def cluster_view(books: Books, drivers: Drivers, keeper: Keeper | None) -> dict[
 
 
 def _group_view(books: Books, driver: GroupDriver) -> dict[str, Any]:
-    watch, model = books.watch, driver.base_model
+    watch, model = books.watch, driver.name
     info = driver.group.info
     tokens = sorted(watch.tenant_tokens(model).items(), key=lambda item: -item[1])
     total = sum(amount for _, amount in tokens)

@@ -76,7 +76,7 @@ class Keeper:
 
     def oldest_change(self, group: str) -> float | None:
         """When the oldest change of one of the group's runs was made that no snapshot has, POSIX seconds."""
-        runs = (k for k in self.kept.values() if k.run.record.base_model == group)
+        runs = (k for k in self.kept.values() if k.run.group == group)
         return min((k.dirty_since for k in runs if k.dirty_since is not None), default=None)
 
     # accepting ------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Keeper:
         if isinstance(entry.command, RestoreCommand):
             return
         kept.done.append(entry.seq_id)
-        self._work[run.record.base_model][run.run_id] += 1 + num_tokens(entry.command)
+        self._work[run.group][run.run_id] += 1 + num_tokens(entry.command)
         if kept.dirty_since is None and entry.seq_id > kept.covered:
             kept.dirty_since = self.books.clock.now()
         match entry.command:
@@ -182,7 +182,7 @@ class Keeper:
 
     def due(self, group: str) -> list[str]:
         """The runs of a group that should be snapshotted at the end of the coming tick."""
-        runs = [kept for kept in self.kept.values() if kept.run.record.base_model == group]
+        runs = [kept for kept in self.kept.values() if kept.run.group == group]
         return due(runs, self._config, self.books.clock.now())
 
     def persist(self, run_id: str, slot: int | None) -> tuple[PersistRun, Flight]:
@@ -192,7 +192,7 @@ class Keeper:
         name = self.files.name_for(run_id, f"{covered}.{self._new_token()}")
         request_id = f"persist {name}"
         kept.begin_snapshot()
-        self._held[kept.run.record.base_model].append(kept)
+        self._held[kept.run.group].append(kept)
 
         def written(num_bytes: int) -> None:
             snapshot = StoredSnapshot(run_id, covered, name, num_bytes, self.books.clock.now())

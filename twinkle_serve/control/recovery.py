@@ -115,19 +115,19 @@ def _is_pending(keeper: Keeper, kept: Kept, seq_id: int) -> bool:
     return request is not None and keeper.books.promises.is_pending(request[0])
 
 
-def suspend_snapshots(keeper: Keeper, base_model: str) -> None:
+def suspend_snapshots(keeper: Keeper, group: str) -> None:
     """Nobody may sample from what the group had before it is known where that is now."""
     for sampler in keeper.books.samplers.with_snapshot():
-        if sampler.record.base_model == base_model and not sampler.evicted:
+        if sampler.group == group and not sampler.evicted:
             keeper.books.samplers.relocate(sampler, None, awaited=True)
 
 
-def relocate_snapshots(keeper: Keeper, base_model: str) -> None:
-    """Where the sampling snapshots of a model are now that its group has none of them."""
+def relocate_snapshots(keeper: Keeper, group: str) -> None:
+    """Where the sampling snapshots of a group's runs are now that it has none of them."""
     samplers = keeper.books.samplers
     for sampler in samplers.with_snapshot():
         record = sampler.record
-        if record.base_model == base_model:
+        if sampler.group == group:
             name = keeper.sampler_file(record.sampler_id)
             path = keeper.files.path(name) if keeper.files.exists(name) else None
             samplers.relocate(sampler, path, _will_be_made(keeper, record))

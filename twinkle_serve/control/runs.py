@@ -21,12 +21,14 @@ _SAVE_EVERY_S = 60.0
 
 @dataclass(slots=True)
 class Run:
-    """down: why there is no adapter to work on (yet unborn runs included), or None."""
+    """down: why there is no adapter to work on (yet unborn runs included), or None. home: the group that it
+    was given to; None: there is only one."""
 
     record: RunRecord
     log: CommandLog[RunCommand]
     down: Failure | None = None
     saved_at: float = 0.0
+    home: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -35,6 +37,10 @@ class Run:
     @property
     def tenant(self) -> str:
         return self.record.tenant
+
+    @property
+    def group(self) -> str:
+        return self.home or self.record.base_model
 
     @property
     def wants_adapter(self) -> bool:
@@ -96,6 +102,10 @@ class Runs:
     def of_model(self, base_model: str) -> list[Run]:
         """Of all tenants, the oldest first."""
         return [run for run in self._runs.values() if run.record.base_model == base_model]
+
+    def of_group(self, group: str) -> list[Run]:
+        """Of all tenants, the oldest first."""
+        return [run for run in self._runs.values() if run.group == group]
 
     def of_tenant(self, tenant: str) -> list[Run]:
         """Newest first."""

@@ -21,7 +21,7 @@ from twinkle_serve.storage.records import SamplerRecord
 class Sampler:
     """requests: seq_id to (request id, sequence ids) of what came already. evicted: its snapshot is gone.
     path: the file that has it since the group lost it. awaited: neither has it until its run has come so
-    far again."""
+    far again. home: the group that made the snapshot."""
 
     record: SamplerRecord
     requests: dict[int, tuple[str, list[str]]] = field(default_factory=dict)
@@ -29,6 +29,11 @@ class Sampler:
     evicted: bool = False
     path: str | None = None
     awaited: bool = False
+    home: str | None = None
+
+    @property
+    def group(self) -> str:
+        return self.home or self.record.base_model
 
 
 def sampler_id_for(session_id: str, sampling_session_seq_id: int) -> str:
@@ -46,9 +51,9 @@ class Samplers:
         self._snapshots: dict[str, list[str]] = defaultdict(list)  # by run, the oldest first
         self._retired: set[str] = set()  # to be evicted once nothing is in flight
 
-    def create(self, record: SamplerRecord) -> None:
+    def create(self, record: SamplerRecord, home: str | None = None) -> None:
         self._save(record)
-        self._add(Sampler(record))
+        self._add(Sampler(record, home=home))
         if record.run_id is not None:
             self._snapshots[record.run_id].append(record.sampler_id)
 
@@ -117,13 +122,13 @@ class Samplers:
         surplus = len(snapshots) - (self._snapshots_per_run if keep is None else keep)
         self._retired.update(snapshots[: max(0, surplus)])
 
-    def evict(self, base_model: str) -> list[str]:
-        """The snapshots that this model's group may drop now: retired ones that nobody samples from."""
+    def evict(self, group: str) -> list[str]:
+        """The snapshots that a group may drop now: retired ones that nobody samples from."""
         retired = (self._samplers[sampler_id] for sampler_id in sorted(self._retired))
         idle = [
             sampler.record.sampler_id
             for sampler in retired
-            if sampler.num_in_flight == 0 and sampler.record.base_model == base_model
+            if sampler.num_in_flight == 0 and sampler.group == group
         ]
         dropped = []
         for sampler_id in idle:
@@ -136,10 +141,10 @@ class Samplers:
             dropped.append(sampler.record.snapshot)
         return dropped
 
-    def lose_snapshots(self, base_model: str) -> None:
-        """The group of that model is gone with all snapshots in it."""
+    def lose_snapshots(self, group: str) -> None:
+        """The group is gone with all snapshots in it."""
         for run_id, snapshots in list(self._snapshots.items()):
-            if snapshots and self._samplers[snapshots[0]].record.base_model == base_model:
+            if snapshots and self._samplers[snapshots[0]].group == group:
                 for sampler_id in self._snapshots.pop(run_id):
                     self._samplers[sampler_id].evicted = True
                     self._retired.discard(sampler_id)

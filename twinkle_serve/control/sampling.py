@@ -38,7 +38,8 @@ class _Pending:
 
 
 class Sampling:
-    """All samples of all tenants. ``driver_of`` raises NotFound; ``open_promise`` makes sampling promises.
+    """All samples of all tenants. ``driver_of``: the group for a base model's samples, or the one that is
+    named by a snapshot's home; raises NotFound. ``open_promise`` makes sampling promises.
 
     Clients that die say nothing: they just stop polling. A sample that nobody asked for in
     ``limits.sample_abandon_s`` is dropped, as if its worker had died, so that a client which was only
@@ -49,7 +50,7 @@ class Sampling:
         self,
         books: Books,
         limits: LimitsConfig,
-        driver_of: Callable[[str], GroupDriver],
+        driver_of: Callable[[str, str | None], GroupDriver],
         open_promise: OpenPromise,
     ) -> None:
         self._books = books
@@ -69,7 +70,8 @@ class Sampling:
         if seq_id is not None and seq_id in known:
             return known[seq_id]
         sampler = self._books.samplers.usable(tenant, sampler_id)
-        driver = self._driver_of(sampler.record.base_model)
+        # A snapshot is in the group that made it; other weights can be loaded by any.
+        driver = self._driver_of(sampler.record.base_model, sampler.home)
         adapter = None if isinstance(request, Failure) else self._adapter(sampler)
         request_id = self._open_promise(tenant, ("sampler", sampler_id, seq_id))
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
@@ -101,7 +103,7 @@ class Sampling:
             raise Invalid("one of base_model and model_path is needed")
         if request.num_samples > self._limits.max_num_samples:
             raise Invalid(f"num_samples {request.num_samples} is above {self._limits.max_num_samples}")
-        driver = self._driver_of(base_model)
+        driver = self._driver_of(base_model, None)
         request_id = self._open_promise(tenant, ("model", base_model, None))
         self._start(Sample(request_id, tenant, adapter, request, stream), driver, None)
         return request_id

@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twinkle_serve.config import Config
+from twinkle_serve.config import Config, ModelConfig
 from twinkle_serve.control import recovery
 from twinkle_serve.control.assembly import check_loadable
-from twinkle_serve.control.backend import Command, Invalid, NotFound, PassCommand, Poll, RunInfo
+from twinkle_serve.control.backend import Command, Invalid, PassCommand, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
@@ -24,6 +24,7 @@ from twinkle_serve.control.custom_losses import loss_id_for
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.group import Group, GroupLost
+from twinkle_serve.control.groups import groups_of, place_run, place_sample
 from twinkle_serve.control.insight import cluster_view, gap_in_words, in_words, measure, run_insight
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.metrics import Meter
@@ -48,8 +49,8 @@ _SWEEP_EVERY_S = 5.0
 _LISTING_S = 2.0
 _RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
 _FULL = "this server's room for adapters is full; a new run starts once another one ends"
-_STOPPING = Failure("the server is shutting down", "server")
 _RESULTS = "this server's room for results is full; it empties as they are fetched or grow old"
+_STOPPING = Failure("the server is shutting down", "server")
 
 
 class ControlPlane(OnRecord):
@@ -68,9 +69,10 @@ class ControlPlane(OnRecord):
         meter: Meter | None = None,
         name_of: Callable[[str], str] = own_name,
     ) -> None:
-        """groups: by base model name, each loaded. recover: what to do about the requests and runs of a group
-        that died. new_token: where unguessable ids come from. durability: with it nothing accepted is lost,
-        and ``recover`` is not asked. meter: where numbers for operators go. name_of: see Quotas."""
+        """groups: by the names that ``group_names`` gives, each loaded. recover: what to do about requests
+        and runs of a group that died. new_token: where unguessable ids come from. durability: with it nothing
+        accepted is lost, and ``recover`` is not asked. meter: where numbers for operators go. name_of: see
+        Quotas."""
         self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
@@ -81,18 +83,16 @@ class ControlPlane(OnRecord):
         if durability is not None:
             retention_s = config.limits.result_retention_s
             self._keeper = Keeper(self._books, durability, config.storage, retention_s, new_token)
-            self._keeper.parked = lambda run: self._drivers[run.record.base_model].park(run)
+            self._keeper.parked = lambda run: self._drivers[run.group].park(run)
             self._keeper.unreadable = self._fall_back
             recover = self._replay
+        self._recover = recover
+        self._drivers: dict[str, GroupDriver] = {}
         models = {model.name: model for model in config.models}
-        self._drivers = {
-            name: GroupDriver(
-                group, self._books, models[name], self._books.quotas.weight, recover, self._keeper
-            )
-            for name, group in groups.items()
-        }
+        for name, group in groups.items():
+            self._drivers[name] = self._make_driver(name, group, models[group.info.name])
         self._sampling = Sampling(
-            self._books, config.limits, self._driver, partial(self._open, sampling=True)
+            self._books, config.limits, self._sampling_driver, partial(self._open, sampling=True)
         )
         self._gap_timers: dict[str, Timer] = {}
         self._making: dict[str, asyncio.Future[str]] = {}
@@ -103,18 +103,38 @@ class ControlPlane(OnRecord):
     def watch(self) -> Watch:
         return self._books.watch
 
+    def _make_driver(self, name: str, group: Group, config: ModelConfig) -> GroupDriver:
+        weight = self._books.quotas.weight
+        return GroupDriver(group, self._books, config, weight, self._recover, self._keeper, name)
+
     async def start(self) -> None:
         if self._keeper is not None:
-            for run in recovery.restore(self._keeper):
-                if run.record.base_model in self._drivers:
-                    self._watch_gap(run)
-                    if recovery.has_work(run):
-                        self._drivers[run.record.base_model].ready(run)
-            for base_model in self._drivers:
-                recovery.relocate_snapshots(self._keeper, base_model)
+            self._take_up(recovery.restore(self._keeper))
         for driver in self._drivers.values():
             driver.start()
         self._sweep()
+
+    def add_group(self, name: str, group: Group, config: ModelConfig) -> None:
+        """Serve with one group more, loaded, of a new base model or of one that is served already."""
+        assert name not in self._drivers
+        self._drivers[name] = self._make_driver(name, group, config)
+        self._drivers[name].start()
+
+    def _take_up(self, runs: Sequence[Run]) -> None:
+        """Find a group for each run of an earlier life of this server, and let it do what is left to do."""
+        assert self._keeper is not None
+        served = {driver.group.info.name for driver in self._drivers.values()}
+        for run in runs:
+            if run.record.base_model in served:
+                place_run(self._books, self._drivers, run)
+                self._watch_gap(run)
+                if recovery.has_work(run):
+                    self._drivers[run.group].ready(run)
+        for sampler in self._books.samplers.with_snapshot():
+            owner = self._books.runs.find(sampler.record.run_id or "")
+            sampler.home = None if owner is None else owner.home
+        for name in self._drivers:
+            recovery.relocate_snapshots(self._keeper, name)
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Let running ticks end within ``timeout_s``; then everything still pending fails, unless it is in
@@ -132,11 +152,11 @@ class ControlPlane(OnRecord):
     async def _replay(self, driver: GroupDriver, lost: GroupLost) -> None:
         assert self._keeper is not None
         driver.lose()
-        recovery.suspend_snapshots(self._keeper, driver.base_model)
-        runs = self._books.runs.of_model(driver.base_model)
+        recovery.suspend_snapshots(self._keeper, driver.name)
+        runs = self._books.runs.of_group(driver.name)
         for run in runs:
             await recovery.rewind(self._keeper, run)
-        recovery.relocate_snapshots(self._keeper, driver.base_model)
+        recovery.relocate_snapshots(self._keeper, driver.name)
         for run in runs:
             if recovery.has_work(run):
                 driver.ready(run)
@@ -144,13 +164,15 @@ class ControlPlane(OnRecord):
     async def _fall_back(self, run: Run, held: list[RunEntry], reason: str) -> None:
         assert self._keeper is not None
         await recovery.fall_back(self._keeper, run, held, reason)
-        self._drivers[run.record.base_model].ready(run)
+        self._drivers[run.group].ready(run)
 
     async def healthy(self) -> bool:
-        return not self._closing and all(driver.healthy for driver in self._drivers.values())
+        """Whether every base model has a group that is up."""
+        up = {driver.group.info.name for driver in self._drivers.values() if driver.healthy}
+        return not self._closing and all(info.name in up for info in await self.models())
 
     async def models(self) -> Sequence[ModelInfo]:
-        return [driver.group.info for driver in self._drivers.values()]
+        return list({driver.group.info.name: driver.group.info for driver in self._drivers.values()}.values())
 
     # sessions -------------------------------------------------------------------------------------
 
@@ -246,9 +268,10 @@ class ControlPlane(OnRecord):
         request_id = self._open(run.tenant, ("run", run.run_id, 0))
         session.models[run.record.model_seq_id] = (run.run_id, request_id)
         run.log.prepend(request_id, birth)
+        place_run(self._books, self._drivers, run)
         if self._keeper is not None:
             self._keeper.accept(run, 0, request_id, birth, numbered=True)
-        self._drivers[run.record.base_model].ready(run)
+        self._drivers[run.group].ready(run)
         return await self._durable(request_id)
 
     def _was_never_accepted(self, run: Run) -> bool:
@@ -265,7 +288,7 @@ class ControlPlane(OnRecord):
         run = self._books.runs.usable(tenant, run_id, now)
         if run.record.corrupted:
             return self._failed(tenant, run.down)  # its log may lack what others wait for
-        driver = self._driver(run.record.base_model)
+        driver = self._driver_of(run)
         num_bytes = len(command.datums) if isinstance(command, PassCommand) else 0
         self._check_room()
         if seq_id is None or seq_id != run.log.missing:  # what others wait for makes room
@@ -320,7 +343,7 @@ class ControlPlane(OnRecord):
 
     async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
         run = self._books.runs.get(tenant, run_id)
-        return run_insight(self._books, self._driver(run.record.base_model), run)
+        return run_insight(self._books, self._driver_of(run), run)
 
     async def cluster_view(self) -> Mapping[str, Any]:
         return cluster_view(self._books, self._drivers, self._keeper)
@@ -442,14 +465,15 @@ class ControlPlane(OnRecord):
         poll = self._books.promises.look(tenant, request_id)
         if poll.state != "pending":
             return poll
-        if any(driver.lost is not None for driver in self._drivers.values()):
-            return replace(poll, queue_state="paused_capacity", queue_reason=_RECOVERING)
         origin = self._books.promises.origin(request_id)
+        drivers = self._drivers_of(origin)
+        if any(driver.lost is not None for driver in drivers):
+            return replace(poll, queue_state="paused_capacity", queue_reason=_RECOVERING)
         limit = self._over_limit(tenant, request_id, origin)
         if limit is not None:
             return replace(poll, queue_state=limit[0], queue_reason=limit[1])
         is_birth = isinstance(origin, tuple) and origin[0] == "run" and origin[2] == 0
-        if is_birth and any(driver.is_full() for driver in self._drivers.values()):
+        if is_birth and any(driver.is_full() for driver in drivers):
             return replace(poll, queue_state="paused_capacity", queue_reason=_FULL)
         reason = self._standing(tenant, request_id)
         return poll if reason is None else replace(poll, queue_state="paused_capacity", queue_reason=reason)
@@ -461,7 +485,7 @@ class ControlPlane(OnRecord):
         if run is not None:
             if self._books.watch.is_running(request_id):
                 return None
-            standings = [self._drivers[run.record.base_model].run_standing(run)]
+            standings = [self._drivers[run.group].run_standing(run)]
             gap = gap_in_words(run, self._books.watch.seq_id_of(request_id))
             if gap is not None:
                 return gap
@@ -482,7 +506,7 @@ class ControlPlane(OnRecord):
         return self._books.quotas.reason_to_wait(run, run.log.ready[0].command)
 
     def gauges(self) -> Mapping[str, Mapping[str, float]]:
-        """By base model: what its group holds. Names as in GroupDriver.gauges and TickReport.gauges."""
+        """By name: what each group holds. Names as in GroupDriver.gauges and TickReport.gauges."""
         return {name: driver.gauges() for name, driver in self._drivers.items()}
 
     def measure(self) -> None:
@@ -501,11 +525,20 @@ class ControlPlane(OnRecord):
     # helpers --------------------------------------------------------------------------------------
 
     def _driver(self, base_model: str) -> GroupDriver:
-        driver = self._drivers.get(base_model)
-        if driver is None:
-            served = ", ".join(self._drivers)
-            raise NotFound(f"base model {base_model!r} is not served here; there is: {served}")
-        return driver
+        """Any group of the base model. Raises NotFound."""
+        return groups_of(self._drivers, base_model)[0]
+
+    def _driver_of(self, run: Run) -> GroupDriver:
+        """Raises NotFound if the run's base model is not served any more."""
+        return self._drivers.get(run.group) or self._driver(run.record.base_model)
+
+    def _drivers_of(self, origin: Any) -> list[GroupDriver]:
+        """The groups that may be at work on a request."""
+        run = self._books.runs.find(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
+        return list(self._drivers.values()) if run is None else [self._driver_of(run)]
+
+    def _sampling_driver(self, base_model: str, home: str | None) -> GroupDriver:
+        return self._drivers.get(home or "") or place_sample(self._drivers, base_model)
 
     def _open(
         self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False, num_bytes: int = 0
@@ -530,7 +563,7 @@ class ControlPlane(OnRecord):
         run = self._books.runs.find(run_id)
         if self._keeper is not None and run is not None and not run.record.unloaded:
             self._keeper.park(run)
-            self._drivers[run.record.base_model].wake()
+            self._drivers[run.group].wake()
 
     def _sweep(self) -> None:
         for session_id in self._books.sweep():
@@ -544,6 +577,6 @@ class ControlPlane(OnRecord):
         if self._keeper is not None:
             self._keeper.sweep()
             for driver in self._drivers.values():
-                if self._keeper.due(driver.base_model):
+                if self._keeper.due(driver.name):
                     driver.wake()
         self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)
