@@ -1,0 +1,225 @@
+"""Several groups with one base model: a run lives in one of them, the least busy one at its birth."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.control.echo_group import EchoGroup, pass_command
+from tests.control.memory_journal import MemoryFiles, MemoryJournal
+from tests.control.plane import TENANT, Client, optim
+from tests.control.virtual_time import VirtualClock, virtual
+from twinkle_serve.config import Config
+from twinkle_serve.control.backend import NotFound, SaveCommand, SnapshotCommand
+from twinkle_serve.control.durability import Durability
+from twinkle_serve.control.groups import group_names
+from twinkle_serve.control.service import ControlPlane
+from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.storage.catalog import Catalog
+
+FIRST, SECOND = "base", "base#2"
+
+
+class World:
+    """A deployment with two groups of one model on one disk, which may be started again."""
+
+    def __init__(self, root: Path, num_groups: int = 2) -> None:
+        self.root = root
+        self.num_groups = num_groups
+        self.groups: dict[str, EchoGroup] = {}
+        self.files: dict[str, Any] = {}
+        self.stored: dict[str, Any] = {}
+        self.journal = MemoryJournal(random.Random(0))
+        self.plane: ControlPlane
+
+    def config(self, num_groups: int) -> Config:
+        return Config.model_validate(
+            {
+                "models": [{"name": "base", "path": "nowhere", "groups": num_groups}],
+                "storage": {"snapshot_every_steps": 1},
+            }
+        )
+
+    def new_group(self) -> EchoGroup:
+        group = EchoGroup(max_slots=4)
+        group.files, group.stored = self.files, self.stored
+        return group
+
+    @asynccontextmanager
+    async def up(self) -> AsyncIterator[Client]:
+        config = self.config(self.num_groups)
+        self.groups = {name: self.new_group() for name in group_names(config.models[0])}
+        self.journal = self.journal.opened()
+        catalog = Catalog(self.root, None)
+        durability = Durability(self.journal, MemoryFiles(self.files))
+        self.plane = ControlPlane(self.groups, catalog, config, VirtualClock(), durability=durability)
+        await self.plane.start()
+        try:
+            yield await Client(self.plane).open()
+        finally:
+            await self.plane.close()
+            catalog.close()
+
+    def home(self, run_id: str) -> str:
+        run = self.plane._books.runs.find(run_id)
+        assert run is not None
+        return run.group
+
+    def has(self, group: str) -> set[str]:
+        return {slot.run_id for slot in self.groups[group].slots if slot is not None}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+async def _step(client: Client, run_id: str, number: int) -> Any:
+    await client.submit(run_id, 2 * number + 1, pass_command(f"p{number}"))
+    return (await client.do(run_id, 2 * number + 2, optim()))["history"]
+
+
+@virtual
+async def test_runs_are_spread_over_the_groups_and_stay_where_they_are(world: World) -> None:
+    async with world.up() as client:
+        runs = [await client.create(number) for number in range(4)]
+        assert [world.home(run) for run in runs] == [FIRST, SECOND, FIRST, SECOND]
+        for number in range(2):
+            for run in runs:
+                history = await _step(client, run, number)
+        assert history == ("create", "p0", "optim 1", "p1", "optim 1")
+        assert world.has(FIRST) == {runs[0], runs[2]}
+        assert world.has(SECOND) == {runs[1], runs[3]}
+
+
+@virtual
+async def test_creations_at_the_same_time_are_spread_too(world: World) -> None:
+    async with world.up() as client:
+        asked = [
+            client.plane.create_model(TENANT, client.session, number, "base", LoraSpec(8), {})
+            for number in range(4)
+        ]
+        for request_id in await asyncio.gather(*asked):
+            await client.result(request_id)
+        assert {len(world.has(FIRST)), len(world.has(SECOND))} == {2}
+
+
+@virtual
+async def test_runs_that_nobody_is_there_for_do_not_count(world: World) -> None:
+    async with world.up() as client:
+        gone = [await client.create(number) for number in range(2)]
+        await client.plane.finish_session(TENANT, client.session, {})
+        await client.open()
+        new = [await client.create(number) for number in range(2)]
+        assert [world.home(run) for run in gone + new] == [FIRST, SECOND, FIRST, SECOND]
+
+
+@virtual
+async def test_the_loss_of_a_group_does_not_touch_the_other(world: World) -> None:
+    async with world.up() as client:
+        here, there = await client.create(0), await client.create(1)
+        await _step(client, here, 0)
+        await _step(client, there, 0)
+        world.groups[FIRST].crash_when = lambda tick, phase: phase == "passes" and bool(tick.passes)
+        request_id = await client.submit(here, 3, pass_command("p1"))
+        while world.groups[FIRST].is_up:
+            await asyncio.sleep(0.01)
+        world.groups[FIRST].crash_when = lambda tick, phase: False
+        assert (await _step(client, there, 1))[-2:] == ("p1", "optim 1")
+        assert world.groups[FIRST].rebuilds == 0  # it still is being rebuilt
+        assert await client.plane.healthy()
+        waiting = await client.plane.poll(TENANT, request_id, 0)
+        assert "recovering" in str(waiting.queue_reason)
+        assert await client.result(request_id) == ("create", "p0", "optim 1", "p1")
+        assert (world.groups[FIRST].rebuilds, world.groups[SECOND].rebuilds) == (1, 0)
+        assert not any(tick.restores for tick in world.groups[SECOND].ticks)
+
+
+@virtual
+async def test_new_runs_do_not_wait_for_a_group_that_is_down(world: World) -> None:
+    async with world.up() as client:
+        busy = await client.create(0)
+        await client.create(1)
+        world.groups[FIRST].rebuild_failures = 10**6
+        world.groups[FIRST].crash_when = lambda tick, phase: True
+        await client.submit(busy, 1, pass_command("p0"))
+        while world.groups[FIRST].is_up:
+            await asyncio.sleep(0.01)
+        assert [world.home(await client.create(number)) for number in (2, 3)] == [SECOND, SECOND]
+
+
+@virtual
+async def test_snapshots_are_sampled_where_they_are_and_other_weights_anywhere(world: World) -> None:
+    async with world.up() as client:
+        await client.create(0)
+        there = await client.create(1)
+        snapshot = (await client.do(there, 1, SnapshotCommand(0)))["sampling_session_id"]
+        results = [await client.sample(snapshot) for _ in range(3)]
+        assert [await client.result(request_id) for request_id in results] == [("create",)] * 3
+        base = await client.plane.create_sampler(TENANT, client.session, 1, "base", None)
+        ids = [await client.sample(base, max_tokens=50) for _ in range(6)]
+        await asyncio.gather(*(client.result(request_id) for request_id in ids))
+        sampled = {name: sum(len(t.samples) for t in group.ticks) for name, group in world.groups.items()}
+        assert sampled == {FIRST: 3, SECOND: 3 + 3}
+
+
+@virtual
+async def test_a_checkpoint_of_one_group_can_be_loaded_in_the_other(world: World) -> None:
+    async with world.up() as client:
+        here = await client.create(0)
+        await _step(client, here, 0)
+        path = (await client.do(here, 3, SaveCommand("weights", "n")))["path"]
+        request_id = await client.plane.create_model_from(TENANT, client.session, 1, path, True, None, {})
+        run_id = (await client.result(request_id))["model_id"]
+        assert world.home(run_id) == SECOND
+        assert (await _step(client, run_id, 0))[:4] == ("create", "p0", "optim 1", "load")
+
+
+@virtual
+async def test_after_a_restart_runs_are_spread_anew_and_go_on(world: World) -> None:
+    async with world.up() as client:
+        runs = [await client.create(number) for number in range(4)]
+        for run in runs:
+            await _step(client, run, 0)
+        snapshot = (await client.do(runs[1], 3, SnapshotCommand(7)))["sampling_session_id"]
+        await client.do(runs[1], 4, pass_command("again"))
+        session = client.session
+    world.num_groups = 3
+    async with world.up() as client:
+        client.session = session
+        homes = [world.home(run) for run in runs]
+        assert len(set(homes)) == 3
+        assert await client.result(await client.sample(snapshot)) == ("create", "p0", "optim 1")
+        for run in runs:
+            next_seq_id = 5 if run == runs[1] else 3
+            history = (await client.do(run, next_seq_id, optim()))["history"]
+            assert history[:3] == ("create", "p0", "optim 1")
+
+
+@virtual
+async def test_a_group_can_be_added_without_touching_the_others(world: World) -> None:
+    world.num_groups = 1
+    async with world.up() as client:
+        runs = [await client.create(number) for number in range(2)]
+        history = await _step(client, runs[0], 0)
+        world.groups[SECOND] = world.new_group()
+        client.plane.add_group(SECOND, world.groups[SECOND], world.config(2).models[0])
+        new = await client.create(2)
+        assert world.home(new) == SECOND
+        assert [info.name for info in await client.plane.models()] == ["base"]
+        assert (await _step(client, runs[0], 1))[: len(history)] == history
+        await _step(client, new, 0)
+        assert world.groups[FIRST].rebuilds == 0
+
+
+@virtual
+async def test_what_is_not_served_is_answered_with_what_is(world: World) -> None:
+    async with world.up() as client:
+        with pytest.raises(NotFound, match=r"'other' is not served here; there is: base$"):
+            await client.plane.create_model(TENANT, client.session, 0, "other", LoraSpec(8), {})

@@ -1,0 +1,53 @@
+"""Several groups with one base model: what they are called, and which of them gets what is new.
+
+Knows how busy a driver is. Does not know Ray, or what a run does. A run lives in one group from its creation;
+after a restart, when no group has anything of it, it is placed anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from twinkle_serve.config import ModelConfig
+from twinkle_serve.control.backend import NotFound
+from twinkle_serve.control.books import Books
+from twinkle_serve.control.driver import GroupDriver
+from twinkle_serve.control.runs import Run
+
+Drivers = Mapping[str, GroupDriver]
+
+
+def group_names(model: ModelConfig) -> list[str]:
+    """The first group is called as the model, so a deployment with one group of each has no other names."""
+    return [model.name, *(f"{model.name}#{number}" for number in range(2, model.groups + 1))]
+
+
+def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
+    """Raises NotFound."""
+    found = [driver for driver in drivers.values() if driver.group.info.name == base_model]
+    if not found:
+        served = ", ".join(dict.fromkeys(driver.group.info.name for driver in drivers.values()))
+        raise NotFound(f"base model {base_model!r} is not served here; there is: {served}")
+    return found
+
+
+def place_run(books: Books, drivers: Drivers, run: Run) -> None:
+    """Give the run a home: of the groups of its base model that are up, the one with the fewest runs that
+    somebody is there for. Raises NotFound."""
+    candidates = groups_of(drivers, run.record.base_model)
+    if len(candidates) > 1:
+        runs = Counter(
+            other.home
+            for other in books.runs.of_model(run.record.base_model)
+            if other is not run and other.wants_adapter and books.sessions.is_active(other.record.session_id)
+        )
+        candidates.sort(key=lambda driver: (not driver.healthy, runs[driver.name]))
+    run.home = candidates[0].name
+
+
+def place_sample(drivers: Drivers, base_model: str) -> GroupDriver:
+    """Where to sample from weights that any group can load: where least waits. Raises NotFound."""
+    return min(
+        groups_of(drivers, base_model), key=lambda driver: (driver.lost is not None, driver.num_sequences)
+    )
