@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     keys = command("keys", keys_command, "Give out, list, rotate and revoke API keys (auth.mode keys).")
     keys.add_argument("action", choices=["create", "list", "rotate", "revoke"])
     keys.add_argument("name", nargs="?", help="whom the key is for")
+    losses = command("losses", losses_command, "Allow, list and verify losses with code of their own.")
+    losses.add_argument("action", choices=["add", "list", "verify"])
+    losses.add_argument("path", nargs="?", help="directory, or ms://owner/name, with loss.json and loss.py")
+    losses.add_argument("--revision", help="pinned revision on ModelScope")
     return parser
 
 
@@ -138,6 +142,24 @@ def keys_command(config: Config, options: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
     finally:
         store.close()
+
+
+def losses_command(config: Config, options: argparse.Namespace) -> None:
+    """``add`` writes into the configuration file; a server takes it up when it starts again."""
+    from twinkle_serve import loss_commands
+    from twinkle_serve.hub.losses import LossSourceError
+
+    try:
+        if options.action == "list":
+            loss_commands.list_losses(config)
+        elif options.action == "verify":
+            loss_commands.verify_losses(config)
+        elif options.path is None:
+            raise CommandError("losses add needs a path")
+        else:
+            loss_commands.add_loss(config, options.config, options.path, options.revision)
+    except LossSourceError as error:
+        raise CommandError(str(error)) from None
 
 
 # up -----------------------------------------------------------------------------------------------------

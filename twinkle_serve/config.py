@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from twinkle_serve.loss_config import LossesConfig
 from twinkle_serve.serve_file import from_serve_file
 
 
@@ -164,7 +165,9 @@ class ModelConfig(Strict):
         None, ge=1, description="tokens per sequence; null: the model's own limit"
     )
     microbatch_tokens: int = Field(4_096, ge=1, description="token budget of one packed microbatch")
-    logits_chunk_tokens: int = Field(256, ge=1, description="rows of logits alive at once")
+    logits_chunk_tokens: int = Field(
+        256, ge=1, description="rows of logits alive at once; 2048 keeps a large GPU busier"
+    )
     activation_checkpointing: bool = False
     kernels: Literal["auto", "loop", "grouped"] = Field(
         "auto", description="LoRA products: one per adapter, or grouped; auto: grouped on GPU if shapes fit"
@@ -284,12 +287,6 @@ class LimitsConfig(Strict):
         return next((self.tenants[name] for name in names if name in self.tenants), self.tenant)
 
 
-class LossesConfig(Strict):
-    custom_loss_server_side: bool = Field(
-        True, description="SDK 0.38 and newer upload traced losses, which then run here, not in the client"
-    )
-
-
 class RayConfig(Strict):
     dashboard: bool = Field(False, description="start Ray's dashboard with `up`")
     dashboard_port: int = Field(8265, ge=1, le=65535)
@@ -366,7 +363,9 @@ class Config(Strict):
         monitoring = self.monitoring.model_copy(
             update={"log_file": None if log_file is None else base / log_file.expanduser()}
         )
-        return self.model_copy(update={"models": models, "storage": storage, "monitoring": monitoring})
+        losses = self.losses.resolved(base)
+        changed = {"models": models, "storage": storage, "monitoring": monitoring, "losses": losses}
+        return self.model_copy(update=changed)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

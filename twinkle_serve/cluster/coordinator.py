@@ -25,9 +25,9 @@ from twinkle_serve.control.backend import Backend, Invalid, NotFound
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.control.spans import TRACE_PARENT
+from twinkle_serve.logs import configure_logs
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 from twinkle_serve.storage.catalog import Catalog
-from twinkle_serve.logs import configure_logs
 from twinkle_serve.storage.journal import Journal
 from twinkle_serve.storage.states import StateFiles
 from twinkle_serve.tenants import tenant_names
@@ -64,7 +64,8 @@ class Coordinator:
     def __init__(self, config: Config, engine: str = ENGINE) -> None:
         configure_logs(config.monitoring, "coordinator")
         self._config = config
-        self._groups = {model.name: RayGroup(model, engine) for model in config.models}
+        losses = config.losses.whitelist
+        self._groups = {model.name: RayGroup(model, engine, losses) for model in config.models}
         self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
         self._plane: ControlPlane | None = None
         self._journal: Journal | None = None
@@ -170,7 +171,8 @@ class Coordinator:
 
 
 def _relevant(config: Config) -> Mapping[str, Any]:
-    return config.model_dump(include={"models": True, "storage": True, "limits": True, "auth": {"mode"}})
+    whole = dict.fromkeys(("models", "storage", "limits", "losses"), True)
+    return config.model_dump(include=whole | {"auth": {"mode"}})
 
 
 def find_or_create(config: Config, engine: str = ENGINE) -> Any:

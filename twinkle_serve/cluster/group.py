@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.group import GroupLost
 from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.loss_config import WhitelistedLoss
 from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Progress, Tick, TickReport
 
 _log = logging.getLogger(__name__)
@@ -64,8 +65,12 @@ _Item = Outcome | Progress | TickReport | _Finished | _Lost
 class RayGroup:
     """control.group.Group over ``config.ranks`` worker actors. Call ``start`` before anything else."""
 
-    def __init__(self, config: ModelConfig, engine: str = ENGINE) -> None:
+    def __init__(
+        self, config: ModelConfig, engine: str = ENGINE, losses: Sequence[WhitelistedLoss] = ()
+    ) -> None:
+        """losses: those that each rank loads before the model."""
         self._config = config
+        self._losses = losses
         self._engine = engine
         self._workers: list[Any] = []
         self._placement: PlacementGroup | None = None
@@ -110,7 +115,7 @@ class RayGroup:
                 num_cpus=resources.get("CPU", 0),
                 num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
-            ).remote(config, rank, self._engine)
+            ).remote(config, rank, self._engine, self._losses)
             for rank in range(config.ranks)
         ]
         places: list[RankPlace | None] = [None]

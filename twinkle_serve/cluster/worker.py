@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.watch import summary_of
 from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.loss_config import WhitelistedLoss
 from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Progress, Tick, TickReport
 
 # Below this an outcome travels inside the coordinator's answer to a poll; above it the value stays in the
@@ -73,8 +74,11 @@ class RankWorker:
     """One rank. ``engine`` is ``module:attribute`` of a callable that takes the ModelConfig and, where there
     are several ranks, ``place=RankPlace(...)``. ``beat`` is answered while the other methods run."""
 
-    def __init__(self, config: ModelConfig, rank: int, engine: str) -> None:
+    def __init__(
+        self, config: ModelConfig, rank: int, engine: str, losses: Sequence[WhitelistedLoss] = ()
+    ) -> None:
         self._config = config
+        self._losses = losses
         self._rank = rank
         self._factory = engine
         self._engine: Engine | None = None
@@ -98,6 +102,11 @@ class RankWorker:
     def load(self, place: RankPlace | None = None) -> ModelInfo:
         """Load the model and try a step. Raises what the engine raises, or RuntimeError."""
         prepare_environment(self._config)
+        if self._losses:
+            # Not above: torch must not be imported before its environment is there.
+            from twinkle_serve.engine.whitelist import load_losses
+
+            load_losses(self._losses)
         module, _, attribute = self._factory.partition(":")
         build = getattr(importlib.import_module(module), attribute)
         engine: Engine = build(self._config) if place is None else build(self._config, place=place)

@@ -20,6 +20,7 @@ from twinkle_serve.gateway.identity import Identity
 from twinkle_serve.gateway.links import Links
 from twinkle_serve.protocol.batch import DatumLimits
 from twinkle_serve.protocol.bodies import parse_object
+from twinkle_serve.protocol.losses import LossSpec
 from twinkle_serve.protocol.sample import SampleLimits
 from twinkle_serve.protocol.work import ModelInfo
 
@@ -42,6 +43,7 @@ class Gateway:
     identity: Identity
     links: Links
     resolve: Callable[[Any], Awaitable[Any]] = itself
+    whitelist: Mapping[str, LossSpec] = field(default_factory=dict)
     # The model behind a run or a sampler never changes, and its limits are needed for every request.
     models: dict[tuple[str, str], ModelInfo] = field(default_factory=dict)
     # Nor does an uploaded loss.

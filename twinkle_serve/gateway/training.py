@@ -156,7 +156,7 @@ async def _submit(call: Call, body: Mapping[str, Any], build: Callable[[], Comma
 
 async def _submit_pass(call: Call, envelope: ForwardEnvelope) -> Response:
     limits = await call.datum_limits(envelope.model_id)
-    check: Callable[[], CheckedPass] = partial(check_pass, envelope, limits)
+    check: Callable[[], CheckedPass] = partial(check_pass, envelope, limits, call.gateway.whitelist)
     try:
         loss_id = uploaded_loss_id(envelope)
         if loss_id is not None:

@@ -17,7 +17,7 @@ from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.graph_batch import assemble_for_graph
 from twinkle_serve.protocol.loss_graph import GRAPH, read_graph
-from twinkle_serve.protocol.losses import UPLOADED, complete_config, find_loss
+from twinkle_serve.protocol.losses import UPLOADED, LossSpec, complete_config, find_loss
 from twinkle_serve.protocol.tensors import (
     Array,
     WireTensor,
@@ -50,9 +50,11 @@ class CheckedPass:
     backward: bool
 
 
-def check_pass(envelope: ForwardEnvelope, limits: DatumLimits) -> CheckedPass:
+def check_pass(
+    envelope: ForwardEnvelope, limits: DatumLimits, whitelist: Mapping[str, LossSpec] | None = None
+) -> CheckedPass:
     """Raises UserError naming what is wrong."""
-    loss = find_loss(envelope.loss_fn)
+    loss = find_loss(envelope.loss_fn, whitelist or {})
     config = complete_config(loss, envelope.loss_config)
     if envelope.source is None:
         raise UserError("data is not a list of datums")

@@ -58,20 +58,27 @@ LOSSES: Mapping[str, LossSpec] = {
     )
 }
 
-SERVED = ", ".join(LOSSES)
+_NONE: Mapping[str, LossSpec] = {}
 
 
-def find_loss(name: object) -> LossSpec:
-    """The loss of that name. Raises UserError listing those served."""
+def find_loss(name: object, whitelist: Mapping[str, LossSpec] = _NONE) -> LossSpec:
+    """The loss of that name, built in or on the operator's whitelist. Raises UserError listing them."""
     if isinstance(name, str) and name in LOSSES:
         return LOSSES[name]
+    if isinstance(name, str) and name in whitelist:
+        return whitelist[name]
     if name == "stable_reinforce":
         raise UserError(
             "loss_fn 'stable_reinforce' is not served: it has no public formula. "
             "Use importance_sampling, ppo, cispo, dro or gspo instead"
         )
     shown = name[:64] if isinstance(name, str) else name
-    raise UserError(f"loss_fn {shown!r} is not served; served are {SERVED}")
+    served = ", ".join([*LOSSES, *whitelist])
+    raise UserError(
+        f"loss_fn {shown!r} is not served; served are {served}. Any function of the logprobs can be had with "
+        "forward_backward_custom; to have one served by name, give your operator its directory for "
+        "`twinkle-serve losses CONFIG add`"
+    )
 
 
 def complete_config(loss: LossSpec, config: Mapping[str, object]) -> dict[str, float]:
