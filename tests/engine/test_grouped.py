@@ -160,6 +160,27 @@ def test_an_engine_with_grouped_products_trains_and_samples_the_same(
         torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-4, atol=1e-4)
 
 
+def test_a_diverged_neighbour_in_the_pool_does_not_reach_rows_without_an_adapter(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    """Groups without an adapter read some slot of the pool; what is there must not matter."""
+    engine = engine_for(tiny_moe, kernels="grouped")
+    create(engine, 0, LoraSpec(8, 1), moved=True)
+    create(engine, 1, LoraSpec(8, 2, train_mlp=False, train_attn=False), moved=True)
+    batch = random_batch(np.random.default_rng(0), [5, 9])
+    passes = [make_pass("0", 0, batch), make_pass("1", 1, batch)]
+    expected = value(run_passes(engine, passes)["1"])
+    gradients = tensors(engine, 1, "grads")
+    for slot in (0, 1):
+        engine.pool.clear_grads(slot)
+    engine.pool.blocks(0)[0].fill_(float("nan"))
+    outcomes = run_passes(engine, passes)
+    assert outcomes["0"].failure is not None
+    assert value(outcomes["1"]).logprobs.values.tolist() == expected.logprobs.values.tolist()
+    for key, gradient in tensors(engine, 1, "grads").items():
+        assert torch.equal(gradient, gradients[key])
+
+
 def test_grouped_products_that_do_not_fit_are_refused(
     engine_for: EngineFactory, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,9 @@ LoRA, tenants or where a KV cache keeps its blocks (kv_cache.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from inspect import signature
+from itertools import accumulate, groupby
 from typing import Any, Protocol
 
 import torch
@@ -62,10 +63,13 @@ AttentionInterface.register(IMPLEMENTATION, attention_forward)
 class PackedCausal:
     """Causal attention within each of the sequences that lie end to end.
 
-    Neighbours of equal length go through one kernel call, so batches sorted by length are cheap.
+    On a GPU one kernel does them all (``VARLEN``). Elsewhere neighbours of equal length go through one kernel
+    call, so batches sorted by length are cheap.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
+        self._longest = max(lengths)
+        self._ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         self._runs = [(length, len(list(group))) for length, group in groupby(lengths)]
         self._rows = [length * count for length, count in self._runs]
 
@@ -78,6 +82,8 @@ class PackedCausal:
         scale: float | None,
         window: int | None,
     ) -> torch.Tensor:
+        if VARLEN is not None and query.is_cuda and query.dtype != torch.float32:
+            return self._varlen(query, key, value, scale, window)
         # One split is one backward node; slicing run by run would add a full-size zero tensor each.
         parts = zip(
             self._runs,
@@ -90,6 +96,57 @@ class PackedCausal:
             _equal_lengths(length, count, q, k, v, scale, window) for (length, count), q, k, v in parts
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _varlen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        assert VARLEN is not None
+        if self._ends.device != query.device:
+            self._ends = self._ends.to(query.device, non_blocking=True)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        left = -1 if window is None else window - 1
+        return VARLEN(q, k, v, self._ends, self._longest, scale, left).unsqueeze(0)
+
+
+def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """torch's attention over sequences of any lengths, if this torch has it with windows (2.11 does)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = signature(varlen_attn).parameters
+    if "window_size" not in parameters or "scale" not in parameters:
+        return None
+
+    def run(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        ends: torch.Tensor,
+        longest: int,
+        scale: float | None,
+        left: int,
+    ) -> torch.Tensor:
+        """query [T, Hq, D], key and value [T, Hkv, D] -> [T, Hq, D]. left: how far back, -1 for all."""
+        options: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
+        elif query.shape[1] != key.shape[1]:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        found = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    return run
+
+
+VARLEN = _varlen_kernel()
 
 
 def _equal_lengths(

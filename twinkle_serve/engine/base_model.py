@@ -159,6 +159,9 @@ def load_base_model(config: ModelConfig, directory: Path, ranks: Ranks | None = 
     device = choose_device(config)
     dtype = _dtype(config, device)
     _set_threads(config)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        # The unembedding's low-rank products are the only ones in float32; the rest of the model is coarser.
+        torch.set_float32_matmul_precision("high")
     model_config = _read_config(directory)
     sharding = _sharding(config, ranks, device)
     model = sharding.load(config, model_config, directory, device, dtype)

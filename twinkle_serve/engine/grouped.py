@@ -7,22 +7,25 @@ is used (Segments.grouped) or what a segment is for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from twinkle_serve.engine.activation import activate, backward_activation
 from twinkle_serve.engine.layout import AdapterLayout
-from twinkle_serve.engine.slots import Adapter, Factors, Segment
+from twinkle_serve.engine.slots import Adapter, Segment
 
 _ALIGNMENT_BYTES = 16
 """What grouped_mm asks of every stride."""
 _RANK_STEP = 8
 
-Which = Callable[[Factors], torch.Tensor | None]
+Side = Literal["a", "b_t"]
+"""Which factor of a target."""
 
 
 def fits(layout: AdapterLayout, dtype: torch.dtype) -> bool:
@@ -33,56 +36,174 @@ def fits(layout: AdapterLayout, dtype: torch.dtype) -> bool:
     return all(t.in_features % step == 0 and t.out_features % step == 0 for t in targets)
 
 
-class Stretches(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Stretches:
     """All rows of a batch as consecutive groups, those without an adapter included.
 
-    ends: int32 [G] on the device. rank: the rows of every stacked factor.
+    ends: int32 [G] on the device. rank: the rows of every stacked factor. row_scales: [N, 1], of each row's
+    adapter. homes: the groups' slots if all adapters are in one pool.
     """
 
     adapters: tuple[Adapter | None, ...]
     starts: tuple[int, ...]
     ends: torch.Tensor
     rank: int
-    scales: torch.Tensor
+    row_scales: torch.Tensor
+    homes: _Homes | None
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], num_rows: int, device: torch.device) -> Stretches:
+    def of(cls, segments: Sequence[Segment], num_rows: int, like: torch.Tensor) -> Stretches:
         bounds = bounds_of(segments, num_rows)
         adapters, starts = zip(*bounds, strict=True)
+        ends = [*starts[1:], num_rows]
         largest = max((adapter.spec.rank for adapter in adapters if adapter is not None), default=1)
-        scales = [1.0 if adapter is None else adapter.scale for adapter in adapters]
+        rank = -(-largest // _RANK_STEP) * _RANK_STEP
+        scales = [0.0 if adapter is None else adapter.scale for adapter in adapters]
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        rows = np.repeat(np.array(scales, np.float32), counts)
         return cls(
             adapters,
             starts,
-            torch.tensor([*starts[1:], num_rows], dtype=torch.int32, device=device),
-            -(-largest // _RANK_STEP) * _RANK_STEP,
-            torch.tensor(scales, device=device).view(-1, 1, 1),
+            torch.tensor(ends, dtype=torch.int32).to(like.device, non_blocking=True),
+            rank,
+            torch.from_numpy(rows).to(like.device, like.dtype).unsqueeze(1),
+            _Homes.of(adapters, rank, like.device),
         )
 
-    def stack(self, index: int, width: int, which: Which, like: torch.Tensor) -> torch.Tensor:
-        """One factor of every group: [G, rank, width], zero where there is none."""
-        none = like.new_zeros(self.rank, width)
-        rows = [none if a is None else self._padded(which(a.factors(index))) for a in self.adapters]
-        return torch.stack(rows)
+    @property
+    def any(self) -> bool:
+        return any(adapter is not None for adapter in self.adapters)
 
-    def _padded(self, factor: torch.Tensor | None) -> torch.Tensor:
-        assert factor is not None
+    @property
+    def only(self) -> Adapter | None:
+        """The adapter of all rows, if its factors need no padding."""
+        first = self.adapters[0]
+        return first if len(self.adapters) == 1 and first and first.spec.rank == self.rank else None
+
+    def a(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """A of one target for every group: [G, rank, width], zero where there is none."""
+        return self._stack(index, "a", like)
+
+    def b_t(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        return self._stack(index, "b_t", like)
+
+    def of_experts(self, index: int, side: Side, num_experts: int, like: torch.Tensor) -> torch.Tensor:
+        """The factor that each expert has of its own: [E * G, rank, width], in the order of block_ends."""
+        if self.homes is not None and self.only is None:
+            pool = self.homes.pool(self.homes.compute, self._columns(index, side), self.rank)
+            taken = _split_experts(pool, num_experts).index_select(1, self.homes.slots)
+            if self.homes.blank is not None:
+                taken.masked_fill_(self.homes.blank.view(1, -1, 1, 1), 0)
+            return taken.flatten(0, 1)
+        return _split_experts(self._stack(index, side, like), num_experts).flatten(0, 1)
+
+    def _stack(self, index: int, side: Side, like: torch.Tensor) -> torch.Tensor:
+        if self.only is not None:
+            return _factor(self.only, index, side).unsqueeze(0)
+        columns = self._columns(index, side)
+        if self.homes is not None:
+            stack = self.homes.pool(self.homes.compute, columns, self.rank).index_select(0, self.homes.slots)
+            return stack if self.homes.blank is None else stack.masked_fill_(self.homes.blank, 0)
+        none = like.new_zeros(self.rank, columns.stop - columns.start)
+        return torch.stack(
+            [none if a is None else self._padded(_factor(a, index, side)) for a in self.adapters]
+        )
+
+    def _padded(self, factor: torch.Tensor) -> torch.Tensor:
         missing = self.rank - factor.shape[0]
         return F.pad(factor, (0, 0, 0, missing)) if missing else factor
 
-    def accumulate(self, index: int, which: Which, gradients: torch.Tensor) -> None:
-        """Add [G, rank, width] to the gradients that ``which`` picks."""
-        owned = [(i, adapter) for i, adapter in enumerate(self.adapters) if adapter is not None]
-        targets = [which(adapter.factors(index)) for _, adapter in owned]
-        assert all(target is not None for target in targets), "backward through a frozen adapter"
-        parts = [gradients[i, : adapter.spec.rank].float() for i, adapter in owned]
-        if len({id(adapter) for _, adapter in owned}) < len(owned):
-            # An adapter comes once for each rank that has rows of it. Additions of one kernel would race.
-            for target, part in zip(targets, parts, strict=True):
-                assert target is not None
-                target.add_(part)
-        elif parts:
-            torch._foreach_add_([target for target in targets if target is not None], parts)
+    def _columns(self, index: int, side: Side) -> slice:
+        found = [adapter for adapter in self.adapters if adapter is not None]
+        target = found[0].layout.targets[index]
+        start, width = (target.a_offset, target.a_width) if side == "a" else (target.b_offset, target.b_width)
+        return slice(start, start + width)
+
+    def accumulate(self, index: int, side: Side, gradients: torch.Tensor, num_experts: int = 0) -> None:
+        """Add [G, rank, width] to the adapters' gradients. num_experts: gradients are [E * G, rank, part], as
+        ``of_experts`` gives the factor."""
+        owned = [(group, adapter) for group, adapter in enumerate(self.adapters) if adapter is not None]
+        if not owned:
+            return
+        if num_experts:
+            gradients = gradients.unflatten(0, (num_experts, -1))
+        homes = self.homes
+        if homes is not None and homes.distinct and len(owned) > 1:
+            pool = homes.pool(homes.grads, self._columns(index, side), self.rank)
+            axis, pool = (1, _split_experts(pool, num_experts)) if num_experts else (0, pool)
+            if homes.owned is not None:
+                gradients = gradients.index_select(axis, homes.owned)
+            pool.index_add_(axis, homes.owners, gradients.float())
+            return
+        # An adapter comes once for each rank that has rows of it: one after the other, in a fixed order.
+        for group, adapter in owned:
+            target = _gradient(adapter, index, side)
+            part = gradients[:, group] if num_experts else gradients[group]
+            into = _split_experts(target.unsqueeze(0), num_experts)[:, 0] if num_experts else target
+            into.add_(part[..., : adapter.spec.rank, :])
+
+
+@dataclass(frozen=True, slots=True)
+class _Homes:
+    """Slots of all groups in one pool. slots: int64 [G], 0 where ``blank`` [G, 1, 1] says there is none.
+
+    owners: the slots of groups that have an adapter, and owned which groups these are (None: all). distinct:
+    no slot comes twice.
+    """
+
+    compute: torch.Tensor
+    grads: torch.Tensor
+    slots: torch.Tensor
+    blank: torch.Tensor | None
+    owners: torch.Tensor
+    owned: torch.Tensor | None
+    distinct: bool
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter | None], rank: int, device: torch.device) -> _Homes | None:
+        """None if the adapters are not all in one pool, or it has fewer than ``rank`` rows a slot."""
+        homes = [adapter.home if adapter else None for adapter in adapters]
+        found = [home for home in homes if home is not None]
+        if len(found) < sum(adapter is not None for adapter in adapters) or not found:
+            return None
+        if any(home.compute is not found[0].compute for home in found) or found[0].compute.shape[1] < rank:
+            return None
+        gaps = len(found) < len(homes)
+
+        def tensor(values: list[Any]) -> torch.Tensor:
+            return torch.tensor(values).to(device, non_blocking=True)
+
+        slots = tensor([home.slot if home else 0 for home in homes])
+        return cls(
+            found[0].compute,
+            found[0].grads,
+            slots,
+            tensor([home is None for home in homes]).view(-1, 1, 1) if gaps else None,
+            tensor([home.slot for home in found]) if gaps else slots,
+            tensor([group for group, home in enumerate(homes) if home]) if gaps else None,
+            len({home.slot for home in found}) == len(found),
+        )
+
+    @staticmethod
+    def pool(blocks: torch.Tensor, columns: slice, rank: int) -> torch.Tensor:
+        return blocks[:, :rank, columns]
+
+
+def _factor(adapter: Adapter, index: int, side: Side) -> torch.Tensor:
+    factors = adapter.factors(index)
+    return factors.a if side == "a" else factors.b_t
+
+
+def _gradient(adapter: Adapter, index: int, side: Side) -> torch.Tensor:
+    factors = adapter.factors(index)
+    gradient = factors.grad_a if side == "a" else factors.grad_b_t
+    assert gradient is not None, "backward through a frozen adapter"
+    return gradient
+
+
+def _split_experts(stack: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[G, R, E * I] -> a view [E, G, R, I]."""
+    return stack.unflatten(2, (num_experts, -1)).permute(2, 0, 1, 3)
 
 
 def bounds_of(segments: Sequence[Segment], num_rows: int) -> list[tuple[Adapter | None, int]]:
@@ -97,22 +218,6 @@ def bounds_of(segments: Sequence[Segment], num_rows: int) -> list[tuple[Adapter 
     if position < num_rows or not bounds:
         bounds.append((None, position))
     return bounds
-
-
-def _a(factors: Factors) -> torch.Tensor:
-    return factors.a
-
-
-def _b_t(factors: Factors) -> torch.Tensor:
-    return factors.b_t
-
-
-def _grad_a(factors: Factors) -> torch.Tensor | None:
-    return factors.grad_a
-
-
-def _grad_b_t(factors: Factors) -> torch.Tensor | None:
-    return factors.grad_b_t
 
 
 def _mm(rows: torch.Tensor, stack: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -137,24 +242,23 @@ class GroupedLinear(torch.autograd.Function):
         groups: Stretches,
         index: int,
     ) -> torch.Tensor:
-        a = groups.stack(index, x.shape[1], _a, x)
-        b_t = groups.stack(index, weight.shape[0], _b_t, x) * groups.scales.to(x.dtype)
-        hidden = _mm(x, a.transpose(1, 2), groups.ends)
+        a, b_t = groups.a(index, x), groups.b_t(index, x)
+        hidden = _mm(x, a.transpose(1, 2), groups.ends) * groups.row_scales
         y = F.linear(x, weight, bias)
         y += _mm(hidden, b_t, groups.ends)
-        ctx.save_for_backward(x, weight, hidden, a, b_t)
+        ctx.save_for_backward(x, weight, hidden)
         ctx.groups, ctx.index = groups, index
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, hidden, a, b_t = ctx.saved_tensors
-        groups, dy = ctx.groups, dy.contiguous()
-        dhidden = _mm(dy, b_t.transpose(1, 2), groups.ends)
-        groups.accumulate(ctx.index, _grad_b_t, _outer(hidden, dy, groups.ends) * groups.scales)
-        groups.accumulate(ctx.index, _grad_a, _outer(dhidden, x, groups.ends))
-        return dy @ weight + _mm(dhidden, a, groups.ends), None, None, None, None
+        x, weight, hidden = ctx.saved_tensors
+        groups, index, dy = ctx.groups, ctx.index, dy.contiguous()
+        dhidden = _mm(dy, groups.b_t(index, x).transpose(1, 2), groups.ends) * groups.row_scales
+        groups.accumulate(index, "b_t", _outer(hidden, dy, groups.ends))
+        groups.accumulate(index, "a", _outer(dhidden, x, groups.ends))
+        return dy @ weight + _mm(dhidden, groups.a(index, x), groups.ends), None, None, None, None
 
 
 class PairGroups(NamedTuple):
@@ -194,20 +298,6 @@ def group_pairs(
     return PairGroups(token, order, inverse, expert_ends, counts.cumsum(0).int())
 
 
-def _per_expert(stack: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[G, R, E * I] -> [E * G, R, I], in the order of PairGroups.block_ends."""
-    num_groups, rank, width = stack.shape
-    split = stack.view(num_groups, rank, num_experts, width // num_experts)
-    return split.permute(2, 0, 1, 3).reshape(-1, rank, width // num_experts)
-
-
-def _all_experts(blocks: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """The inverse of _per_expert: [E * G, R, I] -> [G, R, E * I]."""
-    _, rank, inner = blocks.shape
-    split = blocks.view(num_experts, -1, rank, inner)
-    return split.permute(1, 2, 0, 3).reshape(-1, rank, num_experts * inner)
-
-
 def combine(pairs: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """sum_k w[t, k] pairs[t, k]: [P, D] -> [T, D]."""
     grid = with_blank(pairs, inverse).index_select(0, inverse).view(*weights.shape, pairs.shape[1])
@@ -241,66 +331,69 @@ class GroupedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         num_experts, inner = module.gate_up_proj.shape[0], module.gate_up_proj.shape[1] // 2
         gate_up = _mm(x[pairs.token], module.gate_up_proj.transpose(1, 2), pairs.expert_ends)
-        scales = groups.scales.to(x.dtype)
         hidden = []
-        for half, index in ((slice(0, inner), targets.gate), (slice(inner, None), targets.up)):
-            shared = _mm(x, groups.stack(index, x.shape[1], _a, x).transpose(1, 2), groups.ends)
-            own = _per_expert(groups.stack(index, num_experts * inner, _b_t, x) * scales, num_experts)
-            gate_up[:, half] += _mm(shared[pairs.token], own, pairs.block_ends)
-            hidden.append(shared)
+        if groups.any:
+            for half, index in ((slice(0, inner), targets.gate), (slice(inner, None), targets.up)):
+                shared = _mm(x, groups.a(index, x).transpose(1, 2), groups.ends) * groups.row_scales
+                own = groups.of_experts(index, "b_t", num_experts, x)
+                gate_up[:, half] += _mm(shared[pairs.token], own, pairs.block_ends)
+                hidden.append(shared)
         z = activate(module, gate_up)
         out = combine(_mm(z, module.down_proj.transpose(1, 2), pairs.expert_ends), weights, pairs.inverse)
-        own = _per_expert(groups.stack(targets.down, num_experts * inner, _a, x), num_experts)
-        down = combine(_mm(z, own.transpose(1, 2), pairs.block_ends), weights, pairs.inverse)
-        out += _mm(down, groups.stack(targets.down, x.shape[1], _b_t, x) * scales, groups.ends)
-        ctx.save_for_backward(x, weights, gate_up, *hidden, down)
+        if groups.any:
+            own = groups.of_experts(targets.down, "a", num_experts, x)
+            down = combine(_mm(z, own.transpose(1, 2), pairs.block_ends), weights, pairs.inverse)
+            hidden.append(down.mul_(groups.row_scales))
+            out += _mm(down, groups.b_t(targets.down, x), groups.ends)
+        ctx.save_for_backward(x, weights, gate_up, *hidden)
         ctx.module, ctx.groups, ctx.pairs, ctx.targets = module, groups, pairs, targets
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weights, gate_up, *_ = ctx.saved_tensors
+        x, weights, gate_up, *hidden = ctx.saved_tensors
         module, pairs = ctx.module, ctx.pairs
-        z = activate(module, gate_up)
+        z, dout = activate(module, gate_up), dout.contiguous()
         pair_weights = weights.reshape(-1)[pairs.order].unsqueeze(1).to(z.dtype)
-        dz = _backward_down(ctx, z, dout.contiguous(), pair_weights)
+        dz = _mm(dout[pairs.token], module.down_proj, pairs.expert_ends)
+        if hidden:
+            dz += _backward_down(ctx, z, dout, pair_weights, hidden[2])
         dweights = with_blank((z * dz).sum(1), pairs.inverse)[pairs.inverse].view_as(weights)
-        dgate_up = backward_activation(module, gate_up, dz * pair_weights)
+        dgate_up = backward_activation(module, gate_up, dz.mul_(pair_weights))
         dx = sum_over_experts(
             _mm(dgate_up, module.gate_up_proj, pairs.expert_ends), pairs.inverse, weights.shape[1]
         )
-        return _backward_gate_up(ctx, x, dx, dgate_up), dweights, None, None, None, None
+        if hidden:
+            _backward_gate_up(ctx, x, dx, dgate_up, hidden[:2])
+        return dx, dweights, None, None, None, None
 
 
-def _backward_down(ctx: Any, z: torch.Tensor, dout: torch.Tensor, pair_weights: torch.Tensor) -> torch.Tensor:
-    """dz of every pair before its routing weight is applied; adds the gradients of A and B of down."""
+def _backward_down(
+    ctx: Any, z: torch.Tensor, dout: torch.Tensor, pair_weights: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """What the low-rank product of down adds to dz of every pair; adds the gradients of its A and B."""
     groups, pairs, index = ctx.groups, ctx.pairs, ctx.targets.down
-    num_experts, down = ctx.module.down_proj.shape[0], ctx.saved_tensors[5]
-    b_t = groups.stack(index, dout.shape[1], _b_t, z) * groups.scales.to(z.dtype)
-    dhidden = _mm(dout, b_t.transpose(1, 2), groups.ends)[pairs.token]
-    groups.accumulate(index, _grad_b_t, _outer(down, dout, groups.ends) * groups.scales)
-    own = _per_expert(groups.stack(index, num_experts * z.shape[1], _a, z), num_experts)
-    gradient = _outer(dhidden * pair_weights, z, pairs.block_ends)
-    groups.accumulate(index, _grad_a, _all_experts(gradient, num_experts))
-    return _mm(dout[pairs.token], ctx.module.down_proj, pairs.expert_ends) + _mm(
-        dhidden, own, pairs.block_ends
-    )
+    num_experts = ctx.module.down_proj.shape[0]
+    dhidden = _mm(dout, groups.b_t(index, z).transpose(1, 2), groups.ends) * groups.row_scales
+    groups.accumulate(index, "b_t", _outer(down, dout, groups.ends))
+    dpairs = dhidden[pairs.token]
+    groups.accumulate(index, "a", _outer(dpairs * pair_weights, z, pairs.block_ends), num_experts)
+    return _mm(dpairs, groups.of_experts(index, "a", num_experts, z), pairs.block_ends)
 
 
-def _backward_gate_up(ctx: Any, x: torch.Tensor, dx: torch.Tensor, dgate_up: torch.Tensor) -> torch.Tensor:
-    """Adds the gradients of A and B of gate and up; returns dx with their part."""
+def _backward_gate_up(
+    ctx: Any, x: torch.Tensor, dx: torch.Tensor, dgate_up: torch.Tensor, hidden: Sequence[torch.Tensor]
+) -> None:
+    """Adds the gradients of A and B of gate and up, and their part of dx."""
     groups, pairs, targets = ctx.groups, ctx.pairs, ctx.targets
     num_experts, inner = ctx.module.gate_up_proj.shape[0], dgate_up.shape[1] // 2
-    top_k, scales = ctx.saved_tensors[1].shape[1], groups.scales.to(x.dtype)
-    hidden = ctx.saved_tensors[3:5]
-    halves = (slice(0, inner), slice(inner, None))
-    for half, index, shared in zip(halves, (targets.gate, targets.up), hidden, strict=True):
-        dhalf = dgate_up[:, half].contiguous()
-        own = _per_expert(groups.stack(index, num_experts * inner, _b_t, x) * scales, num_experts)
-        dhidden = sum_over_experts(_mm(dhalf, own.transpose(1, 2), pairs.block_ends), pairs.inverse, top_k)
-        gradient = _all_experts(_outer(shared[pairs.token], dhalf, pairs.block_ends), num_experts)
-        groups.accumulate(index, _grad_b_t, gradient * groups.scales)
-        groups.accumulate(index, _grad_a, _outer(dhidden, x, groups.ends))
-        dx = dx + _mm(dhidden, groups.stack(index, x.shape[1], _a, x), groups.ends)
-    return dx
+    top_k = ctx.saved_tensors[1].shape[1]
+    halves = (dgate_up[:, :inner].contiguous(), dgate_up[:, inner:].contiguous())
+    for dhalf, index, shared in zip(halves, (targets.gate, targets.up), hidden, strict=True):
+        own = groups.of_experts(index, "b_t", num_experts, x)
+        dpairs = _mm(dhalf, own.transpose(1, 2), pairs.block_ends)
+        dhidden = sum_over_experts(dpairs, pairs.inverse, top_k) * groups.row_scales
+        groups.accumulate(index, "b_t", _outer(shared[pairs.token], dhalf, pairs.block_ends), num_experts)
+        groups.accumulate(index, "a", _outer(dhidden, x, groups.ends))
+        dx += _mm(dhidden, groups.a(index, x), groups.ends)

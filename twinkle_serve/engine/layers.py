@@ -40,7 +40,7 @@ class Segments:
     def stretches(self, group: Group, rows: torch.Tensor) -> Stretches:
         """The segments of a group as grouped products take them; made once per batch."""
         if group not in self._stretches:
-            self._stretches[group] = Stretches.of(self.of(group), rows.shape[0], rows.device)
+            self._stretches[group] = Stretches.of(self.of(group), rows.shape[0], rows)
         return self._stretches[group]
 
     def of(self, group: Group) -> Sequence[Segment]:

@@ -33,12 +33,22 @@ class Factors(NamedTuple):
     grad_b_t: torch.Tensor | None
 
 
+class Home(NamedTuple):
+    """Where an adapter lies among others: ``slot`` of ``compute`` and ``grads``, both [slots, max_rank,
+    row_size] and zero beyond an adapter's rank. So one kernel can take a factor of many adapters."""
+
+    compute: torch.Tensor
+    grads: torch.Tensor
+    slot: int
+
+
 class Adapter:
     """One adapter's block of weights ``[rank, row_size]``, seen target by target.
 
     grads: a block of the same shape that backward passes add to, or None for a frozen adapter.
     dtype: what the matrix products run in. If it is not that of the weights, they are copied to it once per
     change, which whoever changes them says by ``refresh``. ``compute``: that copy, if there is one already.
+    home: the pool it lies in, if it does.
     """
 
     def __init__(
@@ -49,9 +59,11 @@ class Adapter:
         grads: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         compute: torch.Tensor | None = None,
+        home: Home | None = None,
     ) -> None:
         self.layout = layout
         self.spec = spec
+        self.home = home
         self.weights = weights
         self.grads = grads
         self.scale = LORA_ALPHA / spec.rank
@@ -63,7 +75,7 @@ class Adapter:
 
     def refresh(self) -> None:
         """The weights have changed."""
-        if self._compute is not self.weights:
+        if self._compute.data_ptr() != self.weights.data_ptr():
             self._compute.copy_(self.weights)
 
     def factors(self, target_index: int) -> Factors:
@@ -165,10 +177,11 @@ class SlotPool:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layout = layout
-        self._dtype = dtype
         shape = (num_slots, max_rank, layout.row_size)
         # torch.zeros leaves pages untouched on the CPU, so unused slots and rank rows take no memory.
         self.weights = torch.zeros(shape, device=device)
+        same = dtype == torch.float32
+        self._compute = self.weights if same else torch.zeros(shape, dtype=dtype, device=device)
         self.grads = torch.zeros(shape, device=device)
         self.exp_avg = torch.zeros(shape, device=device)
         self.exp_avg_sq = torch.zeros(shape, device=device)
@@ -236,6 +249,8 @@ class SlotPool:
             return
         for block in self.blocks(slot):
             block.zero_()
+        if self._compute is not self.weights:
+            self._compute[slot, : self.adapter(slot).spec.rank].zero_()
         self._adapters[slot] = None
         self.steps[slot] = 0
         self.has_grads[slot] = False
@@ -249,7 +264,12 @@ class SlotPool:
         assert spec.rank <= self.weights.shape[1]
         rank = spec.rank
         self._adapters[slot] = Adapter(
-            self.layout, spec, self.weights[slot, :rank], self.grads[slot, :rank], self._dtype
+            self.layout,
+            spec,
+            self.weights[slot, :rank],
+            self.grads[slot, :rank],
+            compute=self._compute[slot, :rank],
+            home=Home(self._compute, self.grads, slot),
         )
 
 
