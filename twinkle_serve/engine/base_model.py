@@ -33,9 +33,11 @@ from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.packing import make_segments
 from twinkle_serve.engine.pulse import listen
 from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
+from twinkle_serve.engine.sharding.loading import is_fused_experts, whole_shape
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.sharding.strategy import Sharding, Stretches
+from twinkle_serve.engine.sharding.zero3 import Zero3
 from twinkle_serve.engine.slots import Segment
 from twinkle_serve.engine.unsupported import UnsupportedModel as UnsupportedModel
 from twinkle_serve.protocol.work import ModelInfo
@@ -181,8 +183,10 @@ def _sharding(config: ModelConfig, ranks: Ranks, device: torch.device) -> Shardi
     """A group of one shares nothing, whatever the configuration says."""
     if ranks.size == 1:
         return Sharding(ranks)
-    assert config.sharding == "expert_parallel"
-    return ExpertParallel(ranks, device)
+    if config.sharding == "expert_parallel":
+        return ExpertParallel(ranks, device)
+    assert config.sharding == "zero3"
+    return Zero3(ranks, device)
 
 
 def prepare(
@@ -207,7 +211,7 @@ def prepare(
     shares = Shares(AdapterLayout.build(targets), sharding.ranks, split_experts=sharding.splits_experts)
     segments.grouped = _grouped(config, shares.layout, device, dtype)
     sharding.attach(model, grouped=segments.grouped)
-    if _packs(config, model, device, dtype):
+    if not sharding.partitions_weights and _packs(config, model, device, dtype):
         pack(_frozen_matrices(model))
     return BaseModel(
         model=model,
@@ -271,7 +275,7 @@ def _attach(
             if isinstance(module, nn.Linear) and leaf in _LINEAR_GROUPS:
                 _wrap_linear(layer, name, module, path, segments, targets)
                 found.add(leaf)
-            elif _is_fused_experts(module):
+            elif is_fused_experts(module):
                 _mark_experts(module, path, segments, targets, sharding)
                 found.add("experts")
             if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
@@ -295,11 +299,6 @@ def _wrap_linear(
     targets.append(Target("linear", path, group, module.in_features, module.out_features))
 
 
-def _is_fused_experts(module: nn.Module) -> bool:
-    gate_up = getattr(module, "gate_up_proj", None)
-    return isinstance(gate_up, nn.Parameter) and gate_up.dim() == 3
-
-
 def _mark_experts(
     module: nn.Module, path: str, segments: Segments, targets: list[Target], sharding: Sharding
 ) -> None:
@@ -308,7 +307,7 @@ def _mark_experts(
     if not plain or odd:
         raise UnsupportedModel(f"{path}: transposed, interleaved or biased fused experts are not served")
     gate_up: nn.Parameter = module.gate_up_proj  # type: ignore[assignment]
-    num_experts, double_inner, hidden = gate_up.shape
+    num_experts, double_inner, hidden = whole_shape(gate_up)
     if sharding.splits_experts:
         num_experts *= sharding.ranks.size
     inner, first = double_inner // 2, len(targets)

@@ -162,6 +162,7 @@ class Trainer:
             base.sharding.enter_backward()
             base.sharding.all_parts(share.backward)
             reach("after backward")
+        base.sharding.leave()
 
     def _stretches(
         self, pieces: Sequence[Piece], states: Mapping[int, _PassState]

@@ -48,7 +48,12 @@ def keep_experts(model: PreTrainedModel, experts: range) -> int:
 
 def is_fused_experts(module: nn.Module) -> bool:
     gate_up = getattr(module, "gate_up_proj", None)
-    return isinstance(gate_up, nn.Parameter) and gate_up.dim() == 3
+    return isinstance(gate_up, nn.Parameter) and len(whole_shape(gate_up)) == 3
+
+
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a weight, also where this rank has a part of it that DeepSpeed keeps elsewhere."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def fill(

@@ -41,10 +41,11 @@ class Sharding:
     """``single``: this process has the whole model. The other ways override what differs.
 
     splits_experts: a rank's model has a part of every layer's experts. dispatch: what then takes the experts'
-    place in the model.
+    place in the model. partitions_weights: weights are there only while their layer runs.
     """
 
     splits_experts = False
+    partitions_weights = False
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
