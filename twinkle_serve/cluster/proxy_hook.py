@@ -13,6 +13,8 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
+from twinkle_serve.cluster.proxy_lanes import lanes
+
 IMPORT_PATH = "twinkle_serve.cluster.proxy_hook:middlewares"
 # A client that polls would otherwise come again at once.
 _WAIT_S = 0.5
@@ -24,7 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 def middlewares() -> list[Middleware]:
     """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
-    return [Middleware(TryAgain)]
+    return [lanes(), Middleware(TryAgain)]
 
 
 class TryAgain:

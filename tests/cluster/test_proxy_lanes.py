@@ -1,0 +1,102 @@
+"""Who waits at the proxy's door, and who does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from twinkle_serve.cluster import proxy_hook, proxy_lanes
+from twinkle_serve.cluster.proxy_lanes import WIDTH, Lanes
+
+
+class Inside:
+    """An application whose requests stay until they are let out. entered: their paths, in order."""
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+        self.out = asyncio.Event()
+
+    async def __call__(self, scope: object, receive: object, send: object) -> None:
+        assert isinstance(scope, dict)
+        self.entered.append(scope["path"])
+        await self.out.wait()
+        if scope["path"].endswith("broken/asample"):
+            raise RuntimeError("planted")
+
+
+@pytest.fixture
+def inside() -> Inside:
+    return Inside()
+
+
+@pytest.fixture
+def ask(inside: Inside) -> Callable[[str], asyncio.Task[None]]:
+    door = Lanes(inside)
+
+    def start(path: str) -> asyncio.Task[None]:
+        return asyncio.ensure_future(door({"type": "http", "path": path}, None, None))
+
+    return start
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_a_crowd_waits_and_a_heartbeat_passes_it(
+    inside: Inside, ask: Callable[[str], asyncio.Task[None]]
+) -> None:
+    crowd = [ask(f"/prefix/api/v1/{number}/asample") for number in range(3 * WIDTH)]
+    await settle()
+    assert len(inside.entered) == WIDTH
+    beat = ask("/prefix/api/v1/session_heartbeat")
+    await settle()
+    assert inside.entered[WIDTH:] == ["/prefix/api/v1/session_heartbeat"]
+    inside.out.set()
+    await asyncio.gather(*crowd, beat)
+    in_order = [path for path in inside.entered if path.endswith("asample")]
+    assert in_order == [f"/prefix/api/v1/{number}/asample" for number in range(3 * WIDTH)]
+
+
+async def test_held_polls_take_no_room(
+    inside: Inside, ask: Callable[[str], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_lanes, "_HELD_AFTER_S", 0.0)
+    polls = [ask("/api/v1/retrieve_future") for _ in range(4 * WIDTH)]
+    while len(inside.entered) < len(polls):
+        await asyncio.sleep(0)
+    samples = [ask("/api/v1/asample") for _ in range(WIDTH + 1)]
+    await settle()
+    assert len(inside.entered) == 4 * WIDTH + WIDTH
+    inside.out.set()
+    await asyncio.gather(*polls, *samples)
+
+
+async def test_a_place_is_given_back_once_however_a_request_ends(
+    inside: Inside, ask: Callable[[str], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_lanes, "_HELD_AFTER_S", 0.0)
+    gone = [ask("/api/v1/asample") for _ in range(3)]
+    polls = [ask("/api/v1/retrieve_futures") for _ in range(3)]
+    waiting = [ask("/api/v1/asample") for _ in range(2 * WIDTH)]
+    await settle()
+    for task in (*gone, waiting.pop()):
+        task.cancel()
+    inside.out.set()
+    broken = [ask("/api/v1/broken/asample") for _ in range(3)]
+    ends = await asyncio.gather(*gone, *polls, *waiting, *broken, return_exceptions=True)
+    assert sum(isinstance(end, RuntimeError) for end in ends) == 3
+    inside.out.clear()
+    inside.entered.clear()
+    again = [ask("/api/v1/asample") for _ in range(WIDTH + 1)]
+    await settle()
+    assert len(inside.entered) == WIDTH
+    inside.out.set()
+    await asyncio.gather(*again)
+
+
+def test_serve_s_proxy_has_them_and_the_other_hook_sees_what_they_let_through() -> None:
+    assert [middleware.cls for middleware in proxy_hook.middlewares()] == [Lanes, proxy_hook.TryAgain]
