@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.context import _get_global_client
 
+from twinkle_serve.cluster.deployment import Deployment
 from twinkle_serve.config import Config, load_config
 
 # Waiting polls hold no CPU; a replica is a decoder of JSON and protobuf with many open connections.
@@ -29,15 +30,15 @@ def build_app(config: Config | dict[str, Any] | str | Path) -> Application:
         config = load_config(config)
     elif isinstance(config, dict):
         config = Config.model_validate(config).resolved(Path.cwd())
-    config = _as_bound(config)
+    deployment = Deployment(_as_bound(config))
 
     def asgi_app() -> Any:
-        return ingress_app(config)
+        return ingress_app(deployment)
 
     ingress = serve.deployment(
         serve.ingress(asgi_app)(),
         name="ingress",
-        num_replicas=config.http.replicas,
+        num_replicas=deployment.config.http.replicas,
         max_ongoing_requests=MAX_OPEN_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=SHUTDOWN_S,
@@ -61,7 +62,7 @@ def _as_bound(config: Config) -> Config:
     return Config.model_validate(tree)
 
 
-def ingress_app(config: Config) -> Any:
+def ingress_app(deployment: Deployment) -> Any:
     """What one ingress replica runs: the gateway in front of the coordinator."""
     from twinkle_serve.cluster.client import CoordinatorClient, resolve
     from twinkle_serve.cluster.metrics import RayMeter
@@ -72,9 +73,10 @@ def ingress_app(config: Config) -> Any:
     from twinkle_serve.logs import configure_logs
     from twinkle_serve.storage.secret import shared_secret
 
+    config = deployment.config
     bind_to_node_address()
     configure_logs(config.monitoring, "ingress")
-    client = CoordinatorClient(config)
+    client = CoordinatorClient(deployment)
     app = create_app(
         lambda: client.backend,
         config,

@@ -207,10 +207,11 @@ def _start(config: Config) -> None:
 
     from twinkle_serve.app import build_app
     from twinkle_serve.cluster import coordinator
+    from twinkle_serve.cluster.deployment import Deployment
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # First of all, so that the model loads while Serve starts.
-    handle = coordinator.find_or_create(config)
+    handle = coordinator.find_or_create(Deployment(config))
     handle.ping.remote()
     serve.start(proxy_location="HeadOnly", http_options={"host": config.http.host, "port": config.http.port})
     serve.run(build_app(config), name="twinkle", route_prefix=config.http.route_prefix)

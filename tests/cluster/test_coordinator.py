@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import ray
 
+from twinkle_serve.cluster import client as client_module
 from twinkle_serve.cluster import coordinator
 from twinkle_serve.cluster.client import CoordinatorClient, resolve
+from twinkle_serve.cluster.deployment import Deployment
+from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.config import Config, ModelConfig, RayConfig, StorageConfig
 from twinkle_serve.control.backend import Backend, Invalid, NotFound, OptimCommand, PassCommand, Poll
 from twinkle_serve.protocol.data import AdamParams, DatumBatch, ForwardResult, LoraSpec
@@ -28,7 +33,7 @@ def config(standin: ModelConfig, tmp_path: Path) -> Config:
 
 @asynccontextmanager
 async def _client(config: Config) -> AsyncIterator[CoordinatorClient]:
-    client = CoordinatorClient(config, STANDIN)
+    client = CoordinatorClient(Deployment(config), STANDIN)
     async with client.attached():
         yield client
 
@@ -45,6 +50,16 @@ async def _end() -> None:
     handle = coordinator.find()
     await handle.stop.remote()
     ray.kill(handle, no_restart=True)
+
+
+def _pids(title: bytes) -> list[int]:
+    """Processes below this one whose title holds this."""
+    found = []
+    for pid in descendants(os.getpid()):
+        with suppress(OSError):
+            if title in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 async def _until(client: CoordinatorClient, true: Callable[[coordinator.Status], bool]) -> coordinator.Status:
@@ -119,6 +134,33 @@ async def test_large_results_travel_as_references(client: CoordinatorClient) -> 
     assert await resolve("small") == "small"
 
 
+async def test_a_large_result_outlives_the_rank_that_made_it(client: CoordinatorClient) -> None:
+    run_id = await _new_run(client.backend)
+    unfetched = await client.backend.submit("t", run_id, 1, _command(floats=200_000))
+    await _answer(client.backend, await client.backend.submit("t", run_id, 2, _command()))
+    (pid,) = _pids(b"rank 0 of tiny")
+    os.kill(pid, signal.SIGKILL)
+    await _answer(client.backend, await client.backend.submit("t", run_id, 3, _command()))
+    poll = await _answer(client.backend, unfetched)
+    assert (await resolve(poll.value)).logprobs.values.size == 200_000
+
+
+async def test_a_coordinator_that_does_not_answer_is_not_waited_for(
+    client: CoordinatorClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_PATIENCE_S", 0.2)
+    run_id = await _new_run(client.backend)
+    (pid,) = _pids(b"Coordinator")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(BackendUnavailable, match="does not answer"):
+            await client.backend.get_run("t", run_id)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    monkeypatch.undo()
+    assert (await client.backend.get_run("t", run_id))["training_run_id"] == run_id
+
+
 async def test_two_replicas_share_one_coordinator_and_the_run_survives_a_replica(config: Config) -> None:
     async with _client(config) as one:
         await _until(one, lambda status: status.state == "ready")
@@ -165,7 +207,7 @@ async def test_a_model_that_cannot_be_loaded_says_why(config: Config, standin: M
     broken = config.model_copy(update={"models": [standin.model_copy(update={"path": "missing"})]})
     async with _client(broken) as client:
         status = await _until(client, lambda status: status.state != "loading")
-        assert status == coordinator.Status("failed", "cannot load tiny from missing: no config.json")
+        assert (status.state, status.message) == ("failed", "cannot load tiny from missing: no config.json")
         with pytest.raises(BackendUnavailable, match="cannot load tiny"):
             await client.backend.healthy()
     await _end()
@@ -178,6 +220,46 @@ async def test_another_configuration_replaces_the_coordinator(
     async with _client(changed) as newer:
         await _until(newer, lambda status: status.state == "ready")
         assert [model.name for model in await newer.backend.models()] == ["renamed"]
+
+
+async def test_groups_and_models_are_added_without_touching_what_runs(
+    config: Config, standin: ModelConfig
+) -> None:
+    small = config.model_copy(update={"ray": RayConfig(orphan_exit_s=4)})
+    more = [standin.model_copy(update={"groups": 2}), standin.model_copy(update={"name": "other"})]
+    grown = small.model_copy(update={"models": more})
+    async with _client(small) as older:
+        await _until(older, lambda status: status.state == "ready")
+        run_id = await _new_run(older.backend)
+        pid = await _rank_pid(older.backend, run_id, 1)
+        async with _client(grown) as newer:
+            async with asyncio.timeout(60):
+                while len(await newer.backend.models()) < 2:
+                    await asyncio.sleep(0.05)
+                while await _rank_pid(newer.backend, another := await _new_run(newer.backend), 1) == pid:
+                    await asyncio.sleep(0.05)  # until the second group is up
+            assert await _rank_pid(newer.backend, run_id, 2) == pid
+            # Made anew it begins as it was made, without the second group, until a replica tells it.
+            ray.kill(coordinator.find(), no_restart=False)
+            await _until(newer, lambda status: status.state == "ready" and status.deployed_at > 0)
+            async with asyncio.timeout(60):
+                while len(await _models(newer)) < 2:
+                    await asyncio.sleep(0.05)
+            await _rank_pid(newer.backend, another, 2)
+    await _end()
+
+
+async def _models(client: CoordinatorClient) -> list[str]:
+    try:
+        return [model.name for model in await client.backend.models()]
+    except BackendUnavailable:
+        return []
+
+
+async def _rank_pid(backend: Backend, run_id: str, seq_id: int) -> float:
+    request_id = await backend.submit("t", run_id, seq_id, OptimCommand(AdamParams()))
+    pid: float = (await _answer(backend, request_id)).value["pid"]
+    return pid
 
 
 async def test_forgotten_by_all_replicas_it_ends_with_its_ranks(config: Config) -> None:

@@ -65,7 +65,7 @@ async def test_the_outcome_of_a_save_may_come_in_a_later_tick(standin: ModelConf
     async with _started(standin) as group:
         save = SaveAdapter("s", 0, "/nowhere", optimizer=True, manifest={})
         assert await _run(group, Tick(1, saves=(save,))) == [TickReport(1, {"all": 0.0})]
-        assert await _run(group, Tick(2)) == [Outcome("s", 42), TickReport(2, {"all": 0.0})]
+        assert await _run(group, Tick(2)) == [Outcome("s", 42, num_bytes=8), TickReport(2, {"all": 0.0})]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

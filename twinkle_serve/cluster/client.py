@@ -10,29 +10,32 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from twinkle_serve.cluster import coordinator
+from twinkle_serve.cluster.deployment import Deployment
 from twinkle_serve.cluster.objects import resolve
-from twinkle_serve.config import Config
 from twinkle_serve.control.backend import Backend
 from twinkle_serve.control.spans import TRACE_PARENT
 from twinkle_serve.protocol.errors import BackendUnavailable
 
 __all__ = ["CoordinatorClient", "resolve"]
 _log = logging.getLogger(__name__)
+_RETRY_S = 0.2
+_PATIENCE_S = 120.0  # a poll is held for less
+_STOP_S = 20.0  # what runs gets half of it to come to its end
 
 
 class CoordinatorClient:
     """Has every method of Backend. They raise NotFound, Invalid or BackendUnavailable; an unexpected error
     is a RuntimeError whose traceback is in the coordinator's log."""
 
-    def __init__(self, config: Config, engine: str = coordinator.ENGINE) -> None:
-        self._config = config
+    def __init__(self, deployment: Deployment, engine: str = coordinator.ENGINE) -> None:
+        self._deployment = deployment
         self._engine = engine
         self._handle: Any = None
 
@@ -49,34 +52,50 @@ class CoordinatorClient:
     async def attached(self, _: object = None) -> AsyncIterator[None]:
         """Start the coordinator if there is none, and keep it alive while the block lasts.
 
-        One that serves another configuration is replaced: this is how a new ``serve deploy`` takes effect.
+        One that cannot serve this deployment is replaced: this is how a new ``serve deploy`` takes effect.
         """
-        self._handle = await self._find_or_create()
-        if not await self._handle.serves.remote(self._config):
-            _log.warning("the configuration has changed: the coordinator is replaced")
-            ray.kill(self._handle, no_restart=True)
-            self._handle = await self._find_or_create()
+        await self._attach()
         pinging = asyncio.create_task(self._keep_alive())
         try:
             yield
         finally:
             pinging.cancel()
 
-    async def _find_or_create(self) -> Any:
-        return await asyncio.to_thread(coordinator.find_or_create, self._config, self._engine)
+    async def _attach(self) -> None:
+        while True:
+            handle = await asyncio.to_thread(coordinator.find_or_create, self._deployment, self._engine)
+            try:
+                if await handle.adopt.remote(self._deployment):
+                    self._handle = handle
+                    return
+            except RayError as error:
+                _log.warning("the coordinator does not answer: %s", error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            _log.warning("the deployment has changed: the coordinator is replaced")
+            with suppress(RayError, TimeoutError):
+                async with asyncio.timeout(_STOP_S):
+                    await handle.stop.remote()
+            ray.kill(handle, no_restart=True)
 
     async def _keep_alive(self) -> None:
         while True:
             try:
-                await self._handle.ping.remote()
+                status = await self._handle.ping.remote()
+                if status.deployed_at < self._deployment.deployed_at:
+                    await self._attach()  # it was started again, as it was made at first
             except RayError as error:
                 _log.warning("the coordinator does not answer: %s", error)
-                self._handle = await self._find_or_create()
-            await asyncio.sleep(self._config.ray.orphan_exit_s / 8)
+                await self._attach()
+            await asyncio.sleep(self._deployment.config.ray.orphan_exit_s / 8)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            reply = await self._handle.call.remote(method, arguments, TRACE_PARENT.get())
+            async with asyncio.timeout(_PATIENCE_S):
+                reply = await self._handle.call.remote(method, arguments, TRACE_PARENT.get())
+        except TimeoutError:
+            _log.error("%s: the coordinator does not answer in %g s", method, _PATIENCE_S)
+            raise BackendUnavailable("the service does not answer; try again") from None
         except RayTaskError:
             raise RuntimeError(f"the coordinator failed in {method}") from None
         except RayError as error:

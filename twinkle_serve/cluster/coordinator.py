@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from twinkle_serve.cluster.deployment import Deployment
+from twinkle_serve.cluster.fleet import Fleet
 from twinkle_serve.cluster.group import ENGINE, LoadError, RayGroup
 from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.cluster.objects import resolve
 from twinkle_serve.cluster.tracing import span_exporter
-from twinkle_serve.config import Config
+from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.backend import Backend, Invalid, NotFound
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
@@ -44,10 +45,12 @@ MAX_WAITING_CALLS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """state: "loading", "ready" or "failed"; message: what is going on, for people."""
+    """state: "loading", "ready" or "failed"; message: what is going on, for people. deployed_at: see
+    Deployment."""
 
     state: str
     message: str
+    deployed_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,14 @@ class Refusal:
 class Coordinator:
     """One per deployment. Every method is a coroutine in the actor's one event loop."""
 
-    def __init__(self, config: Config, engine: str = ENGINE) -> None:
+    def __init__(self, deployment: Deployment, engine: str = ENGINE) -> None:
+        config = deployment.config
         configure_logs(config.monitoring, "coordinator")
+        self._deployment = deployment
         self._config = config
-        losses = config.losses.whitelist
-        self._groups = {model.name: RayGroup(model, engine, losses) for model in config.models}
+        self._engine = engine
+        self._fleet = Fleet(config, self._make_group)
+        self._growing: asyncio.Task[None] | None = None
         self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
         self._plane: ControlPlane | None = None
         self._journal: Journal | None = None
@@ -94,24 +100,33 @@ class Coordinator:
         """A replica is there. The first one starts everything."""
         self._live()
         self._pinged_at = time.monotonic()
-        return self._status
+        return replace(self._status, deployed_at=self._deployment.deployed_at)
 
-    async def serves(self, config: Config) -> bool:
-        """Whether this coordinator does what one made from ``config`` would do."""
-        return _relevant(self._config) == _relevant(config)
+    async def adopt(self, deployment: Deployment) -> bool:
+        """Serve what was deployed, if that can be done without losing what is loaded. A replica of an older
+        deployment, which is about to end, is told yes."""
+        if deployment.deployed_at < self._deployment.deployed_at:
+            return True
+        if not self._deployment.grows_to(deployment):
+            return False
+        self._deployment, self._config = deployment, deployment.config
+        self._fleet.cover(deployment.config)
+        self._grow()
+        return True
 
     async def stop(self) -> None:
         """End the ranks and close the catalogue. The actor is of no use afterwards."""
         self._status = Status("failed", "the service is stopping")
-        if self._life is not None and self._life is not asyncio.current_task():
-            self._life.cancel()
+        for task in (self._life, self._growing):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
         plane, self._plane = self._plane, None
         if plane is not None:
             await plane.close()
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
         self._catalog.close()
-        await asyncio.gather(*(group.stop() for group in self._groups.values()))
+        await self._fleet.stop()
 
     def _live(self) -> None:
         """Start on the first call: an async actor has no running loop while it is constructed."""
@@ -126,6 +141,7 @@ class Coordinator:
             await asyncio.sleep(min(_GAUGES_EVERY_S, patience / 20))
             if self._plane is not None:
                 self._plane.measure()
+                self._grow()
             elif time.monotonic() - self._failed_at > _RELOAD_S:
                 # After a crash the machine may be short of something for a while; clients are waiting.
                 await self._try_to_load()
@@ -150,14 +166,14 @@ class Coordinator:
 
     async def _load(self) -> None:
         storage = self._config.storage
-        for name, group in self._groups.items():
-            self._status = Status("loading", f"loading base model {name}")
-            await group.start()
+        names = ", ".join(self._fleet.missing)
+        self._status = Status("loading", f"loading base model {names}")
+        await self._fleet.start_enough()
         # Opened only now, when this coordinator can go on with what the one before it left.
         self._journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
         durability = Durability(self._journal, StateFiles(storage.root), resolve, self._fenced)
         plane = ControlPlane(
-            self._groups,
+            self._fleet.started,
             self._catalog,
             self._config,
             durability=durability,
@@ -169,13 +185,28 @@ class Coordinator:
         self._plane = plane
         self._status = Status("ready", "ready")
 
+    def _make_group(self, name: str, model: ModelConfig) -> RayGroup:
+        return RayGroup(model, self._engine, self._config.losses.whitelist, name)
 
-def _relevant(config: Config) -> Mapping[str, Any]:
-    whole = dict.fromkeys(("models", "storage", "limits", "losses"), True)
-    return config.model_dump(include=whole | {"auth": {"mode"}})
+    def _grow(self) -> None:
+        """Start the groups that are missing, beside those that serve."""
+        if self._plane is None or not self._fleet.missing or time.monotonic() - self._failed_at < _RELOAD_S:
+            return
+        if self._growing is None or self._growing.done():
+            self._growing = asyncio.create_task(self._start_missing())
+
+    async def _start_missing(self) -> None:
+        names = self._fleet.missing
+        for reason in await self._fleet.start():
+            _log.error("%s; it is tried again in %g s", reason, _RELOAD_S)
+            self._failed_at = time.monotonic()
+        for name in names:
+            if self._plane is not None and name in self._fleet.started:
+                self._plane.add_group(name, self._fleet.groups[name], self._fleet.model_of(name))
+                _log.warning("%s serves", name)
 
 
-def find_or_create(config: Config, engine: str = ENGINE) -> Any:
+def find_or_create(deployment: Deployment, engine: str = ENGINE) -> Any:
     """A handle of the deployment's coordinator, which outlives the caller. Blocks for milliseconds."""
     actor = ray.remote(Coordinator).options(
         name=NAME,
@@ -186,7 +217,7 @@ def find_or_create(config: Config, engine: str = ENGINE) -> Any:
         max_concurrency=MAX_WAITING_CALLS,
         num_cpus=0,
     )
-    return actor.remote(config, engine)
+    return actor.remote(deployment, engine)
 
 
 def find() -> Any:

@@ -66,10 +66,15 @@ class RayGroup:
     """control.group.Group over ``config.ranks`` worker actors. Call ``start`` before anything else."""
 
     def __init__(
-        self, config: ModelConfig, engine: str = ENGINE, losses: Sequence[WhitelistedLoss] = ()
+        self,
+        config: ModelConfig,
+        engine: str = ENGINE,
+        losses: Sequence[WhitelistedLoss] = (),
+        name: str | None = None,
     ) -> None:
-        """losses: those that each rank loads before the model."""
+        """losses: those that each rank loads before the model. name: of the group, if its model has more."""
         self._config = config
+        self._name = name or config.name
         self._losses = losses
         self._engine = engine
         self._workers: list[Any] = []
@@ -81,6 +86,11 @@ class RayGroup:
     def info(self) -> ModelInfo:
         assert self._info is not None, "the group was never started"
         return self._info
+
+    @property
+    def was_started(self) -> bool:
+        """The model was loaded once."""
+        return self._info is not None
 
     @property
     def ready(self) -> bool:
@@ -96,11 +106,11 @@ class RayGroup:
         except TimeoutError:
             self.kill()
             found = "no room for its ranks" if not self._workers else "it is not loaded"
-            raise LoadError(f"{config.name}: {found} after {config.load_deadline_s:g} s") from None
+            raise LoadError(f"{self._name}: {found} after {config.load_deadline_s:g} s") from None
         except RayError as error:
-            _log.error("loading %s failed: %s", config.name, error)
+            _log.error("loading %s failed: %s", self._name, error)
             self.kill()
-            raise LoadError(f"cannot load {config.name} from {config.path}: {_reason(error)}") from None
+            raise LoadError(f"cannot load {self._name} from {config.path}: {_reason(error)}") from None
         self._ready = True
         return self._info
 
@@ -115,7 +125,7 @@ class RayGroup:
                 num_cpus=resources.get("CPU", 0),
                 num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
-            ).remote(config, rank, self._engine, self._losses)
+            ).remote(config, rank, self._engine, self._losses, self._name)
             for rank in range(config.ranks)
         ]
         places: list[RankPlace | None] = [None]
@@ -155,7 +165,7 @@ class RayGroup:
     async def check_loss(self, graph: str) -> Failure | None:
         """See control.group.Group: the first rank tries it, between two ticks."""
         if not self._ready:
-            raise GroupLost(f"{self._config.name} is not loaded")
+            raise GroupLost(f"{self._name} is not loaded")
         try:
             return cast("Failure | None", await self._workers[0].check_loss.remote(graph))
         except RayError as error:
@@ -166,7 +176,7 @@ class RayGroup:
     async def run(self, tick: Tick) -> AsyncIterator[Outcome | Progress | TickReport]:
         """See control.group.Group. An outcome's value is an ObjectRef where it is large."""
         if not self._ready:
-            raise GroupLost(f"{self._config.name} is not loaded")
+            raise GroupLost(f"{self._name} is not loaded")
         items: asyncio.Queue[_Item] = asyncio.Queue()
         finished: set[int] = set()
         tasks = [
@@ -187,7 +197,7 @@ class RayGroup:
                     yield item
         except TimeoutError:
             limit = self._config.tick_deadline_s
-            lost = GroupLost(f"{self._config.name}: a tick was not finished in {limit:g} s")
+            lost = GroupLost(f"{self._name}: a tick was not finished in {limit:g} s")
             self._end(lost)
             raise lost from None
         except GroupLost as lost:
@@ -203,7 +213,8 @@ class RayGroup:
 
     async def _watch(self, tick: Tick, items: asyncio.Queue[_Item], finished: set[int]) -> None:
         """Put a _Lost into ``items`` when a rank stands still."""
-        reason = await until_stalled(self._config, self._workers, tick.tick_id, lambda: finished)
+        deadline_s = self._config.stall_deadline_s
+        reason = await until_stalled(self._name, deadline_s, self._workers, tick.tick_id, lambda: finished)
         items.put_nowait(_Lost(reason))
 
     async def _cause(self, first: _Lost, items: asyncio.Queue[_Item]) -> _Lost:
@@ -227,9 +238,9 @@ class RayGroup:
                 items.put_nowait(item)
             items.put_nowait(_Finished(rank))
         except RayError as error:
-            _log.error("rank %d of %s is lost: %s", rank, self._config.name, error)
+            _log.error("rank %d of %s is lost: %s", rank, self._name, error)
             reason = _reason(error)
-            items.put_nowait(_Lost(f"rank {rank} of {self._config.name}: {reason}", _is_echo(error)))
+            items.put_nowait(_Lost(f"rank {rank} of {self._name}: {reason}", _is_echo(error)))
 
 
 def _device(config: ModelConfig) -> tuple[str, dict[str, float]]:

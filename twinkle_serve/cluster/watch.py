@@ -14,7 +14,6 @@ from typing import Any
 from ray.exceptions import RayError
 
 from twinkle_serve.cluster.worker import Beat
-from twinkle_serve.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
@@ -24,27 +23,28 @@ _DISK_PATIENCE = 10.0
 
 
 async def until_stalled(
-    config: ModelConfig, workers: Sequence[Any], tick_id: int, finished: Callable[[], set[int]]
+    name: str, deadline_s: float, workers: Sequence[Any], tick_id: int, finished: Callable[[], set[int]]
 ) -> str:
-    """Returns, once no progress is made any more, what is wrong in one line. The log gets all stacks.
+    """Returns, once no progress was made for ``deadline_s``, what is wrong in one line. The log gets all
+    stacks.
 
-    finished: the ranks that are done with the tick.
+    name: of the group. finished: the ranks that are done with the tick.
     """
     clock = asyncio.get_running_loop()
     started = clock.time()
-    period = min(_LOOK_EVERY_S, config.stall_deadline_s / 4)
+    period = min(_LOOK_EVERY_S, deadline_s / 4)
     while True:
         await asyncio.sleep(period)
         ranks = [rank for rank in range(len(workers)) if rank not in finished()]
-        asked = [_beat(workers[rank], config.stall_deadline_s) for rank in ranks]
+        asked = [_beat(workers[rank], deadline_s) for rank in ranks]
         beats = dict(zip(ranks, await asyncio.gather(*asked), strict=True))
         for rank in finished():
             beats.pop(rank, None)
-        guilty = stalled(beats, tick_id, clock.time() - started, config.stall_deadline_s)
+        guilty = stalled(beats, tick_id, clock.time() - started, deadline_s)
         if guilty is not None:
             for rank, beat in beats.items():
-                _log.error("rank %d of %s %s", rank, config.name, _where(beat))
-            return f"rank {guilty} of {config.name} {_complaint(beats[guilty], config.stall_deadline_s)}"
+                _log.error("rank %d of %s %s", rank, name, _where(beat))
+            return f"rank {guilty} of {name} {_complaint(beats[guilty], deadline_s)}"
 
 
 def stalled(

@@ -75,9 +75,16 @@ class RankWorker:
     are several ranks, ``place=RankPlace(...)``. ``beat`` is answered while the other methods run."""
 
     def __init__(
-        self, config: ModelConfig, rank: int, engine: str, losses: Sequence[WhitelistedLoss] = ()
+        self,
+        config: ModelConfig,
+        rank: int,
+        engine: str,
+        losses: Sequence[WhitelistedLoss] = (),
+        name: str | None = None,
     ) -> None:
+        """name: of the group."""
         self._config = config
+        self._name = name or config.name
         self._losses = losses
         self._rank = rank
         self._factory = engine
@@ -88,12 +95,12 @@ class RankWorker:
 
     def _report_memory(self) -> None:
         if self._memory is None:
-            self._memory = RankMemory(RayMeter(), self._config.name, self._rank)
+            self._memory = RankMemory(RayMeter(), self._name, self._rank)
         self._memory.report()
 
     def __repr__(self) -> str:
         """How Ray's logs and dashboard call this actor."""
-        return f"rank {self._rank} of {self._config.name}"
+        return f"rank {self._rank} of {self._name}"
 
     def address(self) -> str:
         """Where the ranks could meet on this rank's node: ``tcp://host:port``, free right now."""
