@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.control.echo_group import pass_command
 from tests.control.plane import optim
+from twinkle_serve.control import planner
 from twinkle_serve.control.backend import SaveCommand, UnloadCommand
 from twinkle_serve.control.commands import num_tokens
 from twinkle_serve.control.log import CommandLog
@@ -385,3 +386,47 @@ def test_positions_are_in_the_order_of_the_coming_turns() -> None:
         planner.finished(0.0)
     assert expected == {run_id: place + 1 for place, run_id in enumerate(served)}
     assert planner.position("a", "a1") is None
+
+
+# a long queue -----------------------------------------------------------------------------------------
+
+
+def test_planning_looks_at_few_of_many_waiting_runs(monkeypatch):
+    looks = Counter()
+    monkeypatch.setattr(planner, "num_tokens", lambda command: looks.update(["look"]) or num_tokens(command))
+    bench = Bench(tick_tokens=100, max_runs=4)
+    for number in range(5_000):
+        bench.send(f"tenant{number % 500}/{number}", *step(30))
+    ticks = [bench.tick() for _ in range(20)]
+    assert all(sum(tokens(tick).values()) == 90 for tick in ticks)
+    assert looks["look"] <= 20 * 100
+    assert len(bench.planner._heap) <= 600
+
+
+def test_the_search_goes_on_while_nothing_is_found():
+    bench = Bench(
+        blocked=lambda entry: entry.command.datums != b"fine" and "late" not in str(entry.request_id)
+    )
+    for number in range(300):
+        bench.send(f"stuck{number}/run", pass_command("p"))
+    bench.send("zzz/late", pass_command("p"))
+    assert list(bench.tick()) == ["zzz/late"]
+
+
+def test_who_is_behind_many_that_do_not_fit_has_its_turn_all_the_same():
+    bench = Bench(tick_tokens=100, max_runs=8)
+    for number in range(300):
+        bench.send(f"a{number:03}/run", pass_command("p", 60), optim())
+    bench.send("zzz/run", optim())
+    order = [run_id for _ in range(301) for run_id in bench.tick()]
+    assert len(order) == 301
+    assert "zzz/run" in order
+
+
+def test_a_tenant_that_comes_back_many_times_leaves_nothing_behind():
+    bench = Bench(tick_tokens=1000)
+    for _ in range(500):
+        bench.send("alice/run", *step())
+        bench.send("bob/run", *step())
+        assert tokens(bench.tick()) == {"alice": 10, "bob": 10}
+    assert len(bench.planner._heap) <= 4

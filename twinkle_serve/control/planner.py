@@ -6,7 +6,9 @@ Fairness is deficit round robin with an infinitesimal quantum: each tenant has a
 was served, divided by its weight, and the next request is always one of the tenant with the least. A
 tenant that was idle comes back at the level at which the last tick began, so nobody saves up credit. A
 request that no longer fits into a tick waits for the next one, at whose start the budget is whole; one that
-is larger than the whole budget is served when nothing else is in the tick.
+is larger than the whole budget is served when nothing else is in the tick. Planning costs what the tick
+takes, however much waits: once a tick has something, the search for more ends after some requests that do not
+fit.
 
 Company: two clients that each send forward_backward and optim_step share a pass only if both are there
 when it starts. So before a pass starts, runs that were in the last pass and have nothing ready now get
@@ -24,6 +26,10 @@ from dataclasses import dataclass, field
 from twinkle_serve.control.backend import PassCommand, UnloadCommand
 from twinkle_serve.control.commands import RunCommand, RunEntry, Stage, next_stage, num_tokens
 from twinkle_serve.control.log import CommandLog
+
+# Requests in a row that do not fit into a tick before it is taken for full. Those behind them lose nothing:
+# what goes into the tick is charged, and who is charged falls behind them.
+_MAX_MISSES = 64
 
 
 @dataclass(slots=True)
@@ -49,31 +55,43 @@ class Window:
     company_until: float | None = None
 
 
+_Rank = tuple[float, int, str]
+
+
 @dataclass(slots=True)
 class _Tenant:
-    """``runs`` are those with something ready, the longest waiting first."""
+    """``runs`` are those with something ready, the longest waiting first. entry: its place in the planner's
+    heap, by identity: others are out of date."""
 
     name: str
     weight: float
     served: float = 0.0
     turn: int = 0
     runs: dict[str, CommandLog[RunCommand]] = field(default_factory=dict)
+    entry: _Rank | None = None
 
     @property
-    def rank(self) -> tuple[float, int, str]:
+    def rank(self) -> _Rank:
         """Of all tenants with something ready the one with the least of this is next."""
         return self.served, self.turn, self.name
 
 
 @dataclass(slots=True)
 class _Fill:
-    """A tick while it is being filled."""
+    """A tick while it is being filled. aside: tenants that have nothing more for it."""
 
     tokens_left: int
     passes: bool
     slot_charge: float
     work: dict[str, RunWork] = field(default_factory=dict)
     num_tokens: int = 0
+    num_misses: int = 0
+    cursors: dict[str, _Cursor] = field(default_factory=dict)
+    aside: list[_Tenant] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        return bool(self.work) and self.num_misses >= _MAX_MISSES
 
 
 class Planner:
@@ -98,6 +116,8 @@ class Planner:
         self._blocked = blocked
         self._spend = spend
         self._tenants: dict[str, _Tenant] = {}
+        # Of every tenant with something ready, and of some without.
+        self._heap: list[_Rank] = []
         self._queued: dict[str, CommandLog[RunCommand]] = {}
         self._running: dict[str, tuple[str, CommandLog[RunCommand]]] = {}
         self._in_step: set[str] = set()
@@ -139,6 +159,7 @@ class Planner:
             tenant = self._tenants[tenant_name] = _Tenant(tenant_name, self._weight(tenant_name))
         if not tenant.runs:
             tenant.served = max(tenant.served, self._floor)
+            self._push(tenant)
         tenant.runs[run_id] = self._queued[run_id] = log
 
     def next(self, now: float) -> Window:
@@ -153,6 +174,8 @@ class Planner:
             del self._queued[work.run_id]
             if isinstance(work.entries[-1].command, UnloadCommand):
                 self._leave(work.run_id)
+        for tenant in fill.aside:
+            self._push(tenant)
         if fill.num_tokens:
             self._in_step = {work.run_id for work in fill.work.values() if work.has_pass}
             self._waiting_since = None
@@ -178,15 +201,23 @@ class Planner:
         """Until when passes wait, or None if they may start now."""
         longest = min(self._company_wait_s, self._pass_seconds / 2)
         absent = self._in_step - self._queued.keys()
-        waiting = sum(num_tokens(log.ready[0].command) for log in self._queued.values())
         is_due = any(self._think[run_id].usual_s <= longest for run_id in absent)
-        if not is_due or waiting == 0 or waiting >= self._tick_tokens:
+        if not is_due or not 0 < self._tokens_waiting() < self._tick_tokens:
             self._waiting_since = None
             return None
         if self._waiting_since is None:
             self._waiting_since = now
         until = self._waiting_since + longest
         return until if now < until else None
+
+    def _tokens_waiting(self) -> int:
+        """Of the first commands of all runs; no more than fill a tick are counted."""
+        total = 0
+        for log in self._queued.values():
+            total += num_tokens(log.ready[0].command)
+            if total >= self._tick_tokens:
+                break
+        return total
 
     def _leave(self, run_id: str) -> None:
         """The run is over: nobody waits for it."""
@@ -200,22 +231,50 @@ class Planner:
         return self._tick_tokens / self._max_runs if len(self._queued) > self._max_runs else 0.0
 
     def _fill(self, fill: _Fill) -> None:
-        cursors = {name: _Cursor(iter(t.runs.items())) for name, t in self._tenants.items() if t.runs}
-        heap = [t.rank for t in self._tenants.values() if t.runs]
-        heapq.heapify(heap)
-        self._floor = max(self._floor, heap[0][0] if heap else 0.0)
-        while heap:
-            _, _, name = heapq.heappop(heap)
-            tenant = self._tenants[name]
-            if self._serve(tenant, cursors[name], fill):
-                heapq.heappush(heap, tenant.rank)
+        first = self._pop()
+        if first is None:
+            return
+        self._floor = max(self._floor, first.served)
+        tenant: _Tenant | None = first
+        while tenant is not None:
+            if self._serve(tenant, fill):
+                self._push(tenant)
+            else:
+                fill.aside.append(tenant)
+            if fill.is_full:
+                break
+            tenant = self._pop()
 
-    def _serve(self, tenant: _Tenant, cursor: _Cursor, fill: _Fill) -> bool:
+    def _push(self, tenant: _Tenant) -> None:
+        tenant.entry = tenant.rank
+        heapq.heappush(self._heap, tenant.entry)
+
+    def _pop(self) -> _Tenant | None:
+        """Of all tenants with something ready the one that is next."""
+        while self._heap:
+            entry = heapq.heappop(self._heap)
+            tenant = self._tenants[entry[2]]
+            if tenant.entry is entry:
+                tenant.entry = None
+                if tenant.runs:
+                    return tenant
+        return None
+
+    def _serve(self, tenant: _Tenant, fill: _Fill) -> bool:
         """Take the tenant's next command; False if no other of its commands fits into this tick."""
-        while cursor.run is not None:
+        cursor = fill.cursors.get(tenant.name)
+        if cursor is None:
+            cursor = fill.cursors[tenant.name] = _Cursor(iter(tenant.runs.items()))
+        while cursor.run is not None and not fill.is_full:
             run_id, log = cursor.run
             if self._take(tenant, run_id, log, fill):
+                fill.num_misses = 0
+                # What follows at no cost (an optimizer step) must not wait for a second turn.
+                while log.ready and not num_tokens(log.ready[0].command):
+                    if not self._take(tenant, run_id, log, fill):
+                        break
                 return True
+            fill.num_misses += 1
             cursor.advance()
         return False
 
