@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 
 from twinkle_serve.config import Config
+from twinkle_serve.console.app import add_console
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.gateway.app import create_app
@@ -75,6 +76,7 @@ def serving(config: Config) -> Iterator[str]:
     async def serve() -> None:
         async with control_plane(config) as plane:
             app = create_app(lambda: plane, config)
+            add_console(app)
             server = uvicorn.Server(
                 uvicorn.Config(app, port=config.http.port, log_level="warning", lifespan="off")
             )

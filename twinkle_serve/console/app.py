@@ -29,6 +29,8 @@ def add_console(app: FastAPI) -> None:
     gateway: Gateway = app.state.gateway
     if gateway.config.console.enabled:
         app.mount("/console", create_console(gateway))
+    else:
+        app.mount("/console/static", StaticFiles(directory=STATIC))  # for the short page
     app.include_router(landing.router)
 
 

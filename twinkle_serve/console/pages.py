@@ -50,7 +50,7 @@ async def run(request: Request, run_id: str, visitor: SignedIn) -> Response:
         visitor=visitor,
         run=_run_row(found, insight, words),
         checkpoints=checkpoints,
-        labels={name: words(name) for name in ("loss", "learning_rate", "tokens")},
+        labels={key.removeprefix("curve_"): words(key) for key in TEXTS if key.startswith("curve_")},
     )
 
 

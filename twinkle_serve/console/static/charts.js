@@ -1,6 +1,4 @@
 // The curves of one run: fetched every second or two while somebody looks, drawn with uPlot.
-"use strict";
-
 const box = document.getElementById("charts");
 const labels = JSON.parse(box.dataset.labels);
 const charts = new Map();
@@ -18,15 +16,15 @@ function words(value) {
   return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString() : Number(value.toPrecision(4)).toString();
 }
 
-function options(width, number) {
+function options(width, name) {
   const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false } };
-  const stroke = color(`--curve-${1 + (number % 4)}`);
+  const stroke = color(`--curve-${1 + (rank(name) % 4)}`);
   return {
     width,
-    height: 190,
+    height: 180,
     legend: { show: false },
     scales: { x: { time: false } },
-    axes: [axis, { ...axis, size: 60, values: (_, ticks) => ticks.map(words) }],
+    axes: [{ ...axis, size: 30 }, { ...axis, size: 60, values: (_, ticks) => ticks.map(words) }],
     series: [{}, { stroke, width: 2, spanGaps: true, points: { size: 5 } }],
   };
 }
@@ -64,14 +62,14 @@ function draw(name, xs, ys) {
     chart.plot.setData(chart.data);
   } else {
     const width = chart.element.clientWidth - 20;
-    chart.plot = new uPlot(options(width, [...charts.keys()].indexOf(name)), chart.data, chart.element);
+    chart.plot = new uPlot(options(width, name), chart.data, chart.element);
   }
 }
 
 function redraw() {
-  [...charts.values()].forEach((chart, number) => {
+  charts.forEach((chart, name) => {
     chart.plot.destroy();
-    chart.plot = new uPlot(options(chart.element.clientWidth - 20, number), chart.data, chart.element);
+    chart.plot = new uPlot(options(chart.element.clientWidth - 20, name), chart.data, chart.element);
   });
 }
 

@@ -1,6 +1,4 @@
 // Parts of a page marked data-live are fetched anew while somebody looks. Knows no page.
-"use strict";
-
 const EVERY_MS = 3000;
 
 async function refresh(part, index) {

@@ -1,6 +1,4 @@
 // Two conversations side by side: the base model and a checkpoint answer the same messages, as they think.
-"use strict";
-
 const form = document.getElementById("ask");
 const field = (id) => document.getElementById(id);
 const sides = { left: [], right: [] };
