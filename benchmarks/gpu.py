@@ -81,6 +81,7 @@ class Work:
             max_resident_adapters=count,
             max_rank=rank,
             microbatch_tokens=microbatch_tokens,
+            logits_chunk_tokens=2048,
             sampler=SamplerConfig(max_batch=64, kv_cache_tokens=65_536),
         )
         self.engine = Engine(config)

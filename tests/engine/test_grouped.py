@@ -28,6 +28,7 @@ from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import AdapterLayout, Target
 from twinkle_serve.engine.slots import Adapter, Segment
 from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.testing.models import build_tiny_qwen3_moe
 
 HIDDEN, INNER, NUM_EXPERTS, TOP_K = 32, 16, 4, 2
 LAYOUT = AdapterLayout.build(
@@ -179,6 +180,17 @@ def test_a_diverged_neighbour_in_the_pool_does_not_reach_rows_without_an_adapter
     assert value(outcomes["1"]).logprobs.values.tolist() == expected.logprobs.values.tolist()
     for key, gradient in tensors(engine, 1, "grads").items():
         assert torch.equal(gradient, gradients[key])
+
+
+def test_packed_weights_go_with_grouped_products(engine_for: EngineFactory, models_root: Path) -> None:
+    """A packed layer takes the same path with and without adapters; grouped products need some."""
+    directory = build_tiny_qwen3_moe(
+        models_root, vocab_size=512, hidden_size=256, num_layers=2, num_experts=4, expert_size=256
+    )
+    engine = engine_for(directory, kernels="grouped", pack_weights="on")
+    plain = engine_for(directory, kernels="loop", pack_weights="off")
+    found, expected = (sample(e, [5, 6, 7], None, max_tokens=4, temperature=0.0) for e in (engine, plain))
+    assert found.sequences[0].tokens.tolist() == expected.sequences[0].tokens.tolist()
 
 
 def test_grouped_products_that_do_not_fit_are_refused(

@@ -72,7 +72,7 @@ class LoraLinear(nn.Module):
         if not segments and packed(self.base.weight) is None:
             return F.linear(x, self.base.weight, self.base.bias)
         flat = x.reshape(-1, self.in_features)
-        if self.segments.grouped:
+        if self.segments.grouped and segments:
             groups = self.segments.stretches(self.group, flat)
             y = GroupedLinear.apply(flat, self.base.weight, self.base.bias, groups, self.target_index)
             return y.view(*x.shape[:-1], self.out_features)
