@@ -64,7 +64,7 @@ async def test_a_crowd_waits_and_a_heartbeat_passes_it(
 async def test_held_polls_take_no_room(
     inside: Inside, ask: Callable[[str], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy_lanes, "_HELD_AFTER_S", 0.0)
+    monkeypatch.setattr(proxy_lanes, "_HELD_AFTER", 0.0)
     polls = [ask("/api/v1/retrieve_future") for _ in range(4 * WIDTH)]
     while len(inside.entered) < len(polls):
         await asyncio.sleep(0)
@@ -78,7 +78,7 @@ async def test_held_polls_take_no_room(
 async def test_a_place_is_given_back_once_however_a_request_ends(
     inside: Inside, ask: Callable[[str], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy_lanes, "_HELD_AFTER_S", 0.0)
+    monkeypatch.setattr(proxy_lanes, "_HELD_AFTER", 0.0)
     gone = [ask("/api/v1/asample") for _ in range(3)]
     polls = [ask("/api/v1/retrieve_futures") for _ in range(3)]
     waiting = [ask("/api/v1/asample") for _ in range(2 * WIDTH)]
@@ -96,6 +96,26 @@ async def test_a_place_is_given_back_once_however_a_request_ends(
     assert len(inside.entered) == WIDTH
     inside.out.set()
     await asyncio.gather(*again)
+
+
+async def test_a_poll_is_taken_for_held_later_where_submissions_take_longer(
+    inside: Inside, ask: Callable[[str], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    now = [100.0]
+    delays: list[float] = []
+    monkeypatch.setattr(loop, "time", lambda: now[0])
+    monkeypatch.setattr(loop, "call_later", lambda delay, callback: delays.append(delay))
+    inside.out.set()
+    await ask("/api/v1/retrieve_future")
+    inside.out.clear()
+    slow = ask("/api/v1/asample")
+    await settle()
+    now[0] += 1.0
+    inside.out.set()
+    await slow
+    await ask("/api/v1/retrieve_future")
+    assert delays[1] > 3 * delays[0]
 
 
 def test_serve_s_proxy_has_them_and_the_other_hook_sees_what_they_let_through() -> None:

@@ -17,11 +17,14 @@ from starlette.middleware import Middleware
 Message = MutableMapping[str, Any]
 Application = Callable[[Message, Any, Any], Awaitable[None]]
 
-WIDTH = 8
-"""Requests of the crowd that are worked on at once: more than one proxy keeps up with only wait further on,
-where a heartbeat waits behind them."""
-_HELD_AFTER_S = 0.05
-"""A poll without an answer by then is being held, which is no work."""
+WIDTH = 4
+"""Requests of the crowd that are worked on at once. That keeps the proxy busy, which is the slowest on their
+way; more of them would only wait further on, where a heartbeat waits behind them."""
+_HELD_AFTER = 2.0
+"""A poll without an answer after so many times what a submission takes is being held, which is no work."""
+_FIRST_GUESS_S = 0.02
+_NEWEST = 0.1
+"""The weight of the newest submission in what one usually takes."""
 _POLLS = frozenset({"retrieve_future", "retrieve_futures"})
 _CROWDS = _POLLS | {"asample", "telemetry"}
 
@@ -36,19 +39,22 @@ class Lanes:
     def __init__(self, app: Application) -> None:
         self._app = app
         self._room = asyncio.Semaphore(WIDTH)
+        self._usual_s = _FIRST_GUESS_S
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
         route = scope["path"].rpartition("/")[2] if scope["type"] == "http" else ""
         if route not in _CROWDS:
             await self._app(scope, receive, send)
             return
-        async with self._place(_HELD_AFTER_S if route in _POLLS else None):
+        async with self._place(may_be_held=route in _POLLS):
             await self._app(scope, receive, send)
 
     @asynccontextmanager
-    async def _place(self, patience_s: float | None) -> Any:
-        """A place among those that are worked on: for the block, or for ``patience_s`` if that is less."""
+    async def _place(self, may_be_held: bool) -> Any:
+        """A place among those that are worked on, given back when the block ends or the request is held."""
         await self._room.acquire()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         left = False
 
         def leave() -> None:
@@ -57,9 +63,11 @@ class Lanes:
                 left = True
                 self._room.release()
 
-        if patience_s is not None:
-            asyncio.get_running_loop().call_later(patience_s, leave)
+        if may_be_held:
+            loop.call_later(_HELD_AFTER * self._usual_s, leave)
         try:
             yield
+            if not may_be_held:
+                self._usual_s += _NEWEST * (loop.time() - began - self._usual_s)
         finally:
             leave()
