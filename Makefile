@@ -10,12 +10,14 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo lint test test-faults bench-engine bench-sampling bench-flood bench-durability clean
+.PHONY: help venv demo lint test test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
 	@echo "make test              lint, types and every test"
 	@echo "make test-faults       the long form: 10,000 random schedules, 50 kills of each kind (hours)"
+	@echo "make bench             every figure of benchmarks/README.md, with plots (20 minutes; peers once: 2 GB more)"
+	@echo "make bench-quick       only shows that each part of it works (minutes)"
 	@echo "make bench-engine      many tenants in one pass beside one after another, and adapter paging"
 	@echo "make bench-sampling    tokens a second beside transformers.generate"
 	@echo "make bench-durability  cost of journal and snapshots on a training step"
@@ -45,6 +47,17 @@ lint: $(STAMP)
 test: lint
 	@echo "== pytest"
 	$(BIN)/python -m pytest --durations=10
+
+# A peer that cannot be installed is a row that says so, not a failure.
+peers: $(STAMP)
+	@echo "== other servers to compare with (.peers)"
+	-$(BIN)/python -m benchmarks.peers.twinkle
+
+bench: peers
+	$(BIN)/python -W ignore -m benchmarks.suite
+
+bench-quick: $(STAMP)
+	$(BIN)/python -W ignore -m benchmarks.suite --quick --results bench-quick
 
 # One thread and sleeping OpenMP workers: other jobs on the machine then disturb all arms alike.
 bench-engine: $(STAMP)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,23 +39,30 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(
-    config: Path, overrides: Sequence[str] = (), *, log: Path, ready_s: float = 180.0
+    config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    log: Path,
+    ready_s: float = 180.0,
+    program: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[RunningServer]:
     """Run ``twinkle-serve up config --set ...`` until the block ends.
 
-    ``overrides`` are ``dotted.key=value`` strings; a free port is chosen unless they name one. Raises
-    RuntimeError with the end of the log when the server is not ready in ``ready_s`` seconds or does not stop.
+    ``overrides`` are ``dotted.key=value`` strings; a free port is chosen unless they name one. ``program``: runs
+    in place of ``twinkle-serve``. ``environment``: more variables for it. Raises RuntimeError with the end of the log when the server is not ready in ``ready_s`` seconds or does not stop.
     """
     settings = list(overrides)
     if not any(setting.startswith("http.port=") for setting in settings):
         settings.append(f"http.port={free_port()}")
-    command = [str(Path(sys.executable).parent / "twinkle-serve"), "up", str(config)]
+    command = [*(program or [str(Path(sys.executable).parent / "twinkle-serve")]), "up", str(config)]
     for setting in settings:
         command += ["--set", setting]
     # Other jobs may share this machine's memory; Ray must not take their use for ours and kill workers.
-    environment = os.environ | {"RAY_memory_monitor_refresh_ms": "0", "PYTHONUNBUFFERED": "1"}
+    variables = os.environ | {"RAY_memory_monitor_refresh_ms": "0", "PYTHONUNBUFFERED": "1"}
+    variables |= environment or {}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
     try:
         yield RunningServer(_wait_until_ready(process, log, ready_s), process.pid, log)
     finally:

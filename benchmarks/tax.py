@@ -1,0 +1,162 @@
+"""Part ``tax``: what the way from the SDK to the engine and back costs.
+
+The bare arm is our own engine in this process, stepped in a loop; the other arm is the unmodified SDK in a
+second process, through HTTP, Ray Serve and the coordinator, to the same engine with the same batches. Both
+take their turns in one run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.clients import Clients, clients_of
+from benchmarks.engine import MICROBATCH_TOKENS, Tenants
+from benchmarks.measure import Budget, in_turn, quantile, ratio
+from benchmarks.services import MODEL, Service, our_server
+from benchmarks.table import Rows
+from twinkle_serve.control.microbatches import Load, pack
+from twinkle_serve.protocol.data import AdamParams
+from twinkle_serve.protocol.work import OptimStep, Pass, Tick
+from twinkle_serve.testing.models import build_tiny_qwen3_moe
+
+SIZES = (256, 512, 4096)
+TARGETS = {512: ">= 0.5", 4096: ">= 0.85"}
+DEPTHS = {"one at a time": 0, "pair sent together": 1, "pipelined": 3}
+ADDED_MS = "<= 20"
+
+
+class Bare:
+    """The engine without anything around it, on one thread as in the server."""
+
+    def __init__(self, directory: Path) -> None:
+        torch.set_num_threads(1)
+        self._tenants = Tenants(directory, 1)
+        self._batches = {tokens: self._tenants.batch(tokens) for tokens in SIZES}
+
+    def steps(self, tokens: int, count: int) -> float:
+        """Tokens a second."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self._tenants.step([0], [self._batches[tokens]])
+        return tokens * count / (time.perf_counter() - began)
+
+    def operations(self, tokens: int, count: int) -> dict[str, float]:
+        """Median seconds of each half of a step."""
+        batch = self._batches[tokens]
+        lengths = tuple(batch.lengths.tolist())
+        microbatches = pack([Load(0, True, lengths)], MICROBATCH_TOKENS, False)
+        passing = Pass("pass", 0, batch.pack(), "cross_entropy", {}, True)
+        ticks = {
+            "forward_backward": Tick(1, passes=(passing,), microbatches=microbatches),
+            "optim_step": Tick(1, optim_steps=(OptimStep("step", 0, AdamParams()),)),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ticks}
+        for _ in range(count):
+            for name, tick in ticks.items():
+                times[name].append(self._timed(tick))
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def _timed(self, tick: Tick) -> float:
+        began = time.perf_counter()
+        list(self._tenants.engine.run(tick))
+        return time.perf_counter() - began
+
+
+def run(rows: Rows, budget: Budget, models: Path) -> None:
+    directory = build_tiny_qwen3_moe(models, vocab_size=350)
+    bare = Bare(directory)
+    with (
+        our_server(directory) as server,
+        clients_of(server.url, MODEL, log=server.scratch / "client") as clients,
+    ):
+        clients.open(1)
+        warm = 2 if budget.quick else 20
+        clients.train([0], tokens=512, depth=2, steps=warm)
+        throughput(rows, budget, bare, clients, server)
+        added_latency(rows, budget, bare, clients, "Serve's own proxy", ADDED_MS)
+        births(rows, budget, clients)
+
+
+def throughput(rows: Rows, budget: Budget, bare: Bare, clients: Clients, server: Service) -> None:
+    """Tokens a second through everything, over the bare loop's."""
+    for tokens in SIZES:
+        count = 2 if budget.quick else max(4, 8192 // tokens)
+        arms: dict[str, Callable[[], Any]] = {"bare": lambda t=tokens, n=count: bare.steps(t, n)}
+        for name, depth in DEPTHS.items():
+            arms[name] = lambda t=tokens, n=count, d=depth: _through(clients, server, t, n, d)
+        # Rounds are short: a part of the time for each size, two thirds of the part in all.
+        seconds = 0 if budget.quick else budget.share(0.2)
+        found = in_turn(arms, rounds=2 if budget.quick else 60, seconds=seconds, min_rounds=1)
+        for name in DEPTHS:
+            speeds = [each["tokens_per_s"] for each in found[name]]
+            rows.add(
+                f"{tokens} tokens a step, {name}: tokens/s over the bare loop",
+                ratio(speeds, found["bare"]),
+                target=TARGETS.get(tokens, "") if name == "pipelined" else "",
+                cpu={
+                    "server s/step": statistics.median(each["server"] for each in found[name]),
+                    "client s/step": statistics.median(each["client"] for each in found[name]),
+                },
+                detail={
+                    "service tokens/s": statistics.median(speeds),
+                    "bare tokens/s": statistics.median(found["bare"]),
+                    "rounds": len(speeds),
+                },
+            )
+
+
+def _through(clients: Clients, server: Service, tokens: int, count: int, depth: int) -> dict[str, float]:
+    used = server.clock.seconds()
+    answer = clients.train([0], tokens=tokens, depth=depth, steps=count + 2 * depth)
+    steps = answer["tenants"][0]["steps"]
+    return {
+        "tokens_per_s": tokens * steps / answer["wall"],
+        "server": (server.clock.seconds() - used) / steps,
+        "client": answer["cpu"] / steps,
+    }
+
+
+def added_latency(
+    rows: Rows, budget: Budget, bare: Bare, clients: Clients, proxy: str, target: str, seconds: float = 0.2
+) -> None:
+    """What each operation takes the client longer than the engine computes, one at a time, at 512 tokens."""
+    count = 3 if budget.quick else 15
+    arms: dict[str, Callable[[], Any]] = {
+        "bare": lambda: bare.operations(512, count),
+        "service": lambda: clients.train([0], tokens=512, depth=0, steps=count)["tenants"][0],
+    }
+    found = in_turn(arms, rounds=1 if budget.quick else 40, seconds=budget.share(seconds), min_rounds=1)
+    for name in ("forward_backward", "optim_step"):
+        computing = statistics.median(each[name] for each in found["bare"])
+        waiting = [1000 * (second - computing) for each in found["service"] for second in each[name]]
+        rows.add(
+            f"{name} adds to its compute, p50, {proxy}",
+            quantile(waiting, 0.5),
+            "ms",
+            target,
+            detail={
+                "compute p50 ms": 1000 * computing,
+                "added p90 ms": quantile(waiting, 0.9),
+                "added p99 ms": quantile(waiting, 0.99),
+                "operations": len(waiting),
+            },
+        )
+
+
+def births(rows: Rows, budget: Budget, clients: Clients) -> None:
+    """create_model on a server that is warm, as long as the client waits for it."""
+    count = 3 if budget.quick else 20
+    taken = [1000 * seconds for seconds in clients.more([0], count)]
+    rows.add(
+        "create_model, warm, p50",
+        quantile(taken, 0.5),
+        "ms",
+        "<= 200",
+        detail={"p90 ms": quantile(taken, 0.9), "runs": count},
+    )
