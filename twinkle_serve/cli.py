@@ -215,6 +215,8 @@ def _start(config: Config) -> None:
     handle.ping.remote()
     serve.start(proxy_location="HeadOnly", http_options={"host": config.http.host, "port": config.http.port})
     serve.run(build_app(config), name="twinkle", route_prefix=config.http.route_prefix)
+    node = ray.nodes()[0]
+    _say(f"metrics at http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
     told = ""
     while True:
         status = ray.get(handle.ping.remote())

@@ -57,6 +57,18 @@ def test_every_metric_gets_to_prometheus_under_its_documented_name() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_counter_can_be_there_before_anything_was_counted() -> None:
+    RayMeter().add("recoveries", 0, model="fresh")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = [line for line in prometheus_text().splitlines() if 'model="fresh"' in line]
+        if lines:
+            break
+        time.sleep(0.5)
+    assert [line.rpartition(" ")[2] for line in lines] == ["0.0"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_what_is_not_in_the_table_is_refused() -> None:
     with pytest.raises(KeyError):
         RayMeter().add("surprise", 1.0)

@@ -93,6 +93,7 @@ class Watch:
 
     def add_group(self, info: ModelInfo, tick_tokens: int, num_ranks: int) -> None:
         self._paces.setdefault(info.name, _Pace(info, tick_tokens, num_ranks))
+        self.meter.add("recoveries", 0, model=info.name)
 
     # requests -------------------------------------------------------------------------------------
 
