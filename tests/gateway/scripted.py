@@ -250,7 +250,9 @@ class ScriptedBackend:
 
     # management -----------------------------------------------------------------------------------
 
-    async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
+    async def list_runs(
+        self, tenant: str, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[Mapping[str, Any]], int]:
         self._note("list_runs", tenant, limit, offset)
         return [await self.get_run(tenant, "session-1:train:0")], 1
 

@@ -9,8 +9,8 @@ from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.identity import OpenIdentity, api_key
 from twinkle_serve.protocol.errors import Unauthorized
 
-# Answered without a key: a probe, and a link that carries its own proof.
-OPEN = {"/healthz", "/downloads/{run_id}/{kind}/{name}/{file}"}
+# Answered without a key: a probe, and links that carry their own proof.
+OPEN = {"/healthz", "/downloads/{run_id}/{kind}/{name}/{file}", "/sessions/{session_id}/trace"}
 
 
 @pytest.mark.parametrize(

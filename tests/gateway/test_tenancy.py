@@ -37,9 +37,10 @@ KINDS = {
 }
 # Fields that name nothing that anybody owns.
 _PLAIN = """
-    adam_params age_encryption_recipients base_model detail display_name events forward_backward_input
-    forward_input kind lora_config model_seq_id name num_samples optimizer optimizer_config overwrite params
-    project_id reason sampling_params sampling_session_seq_id sdk_version seq_id tags ttl_seconds type
+    adam_params age_encryption_recipients base_model cursor custom_loss_seq_id destination_project_id detail
+    display_name events forward_backward_input forward_input graph inputs kind limit lora_config metrics
+    model_seq_id name num_samples optimizer optimizer_config overwrite owner params project_id project_ids
+    reason sampling_params sampling_session_seq_id sdk_version seq_id statuses step tags ttl_seconds type
     user_metadata
 
     best_of chat_template_kwargs echo frequency_penalty functions logit_bias logprobs
@@ -59,7 +60,13 @@ UNDESCRIBED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "", "messages": [{"role": "user", "content": "a"}]},
 }
 # A probe, and links that carry their own proof.
-NO_KEY = {"/api/v1/healthz", "/api/v1/downloads/{run_id}/{kind}/{name}/{file}"}
+NO_KEY = {
+    "/api/v1/healthz",
+    "/api/v1/downloads/{run_id}/{kind}/{name}/{file}",
+    "/api/v1/sessions/{session_id}/trace",
+}
+# Routes that answer also when there is no such object, and with what.
+ANYWAY = {"/api/v1/cancel_future": 204, "/api/v1/sessions/search": 200}
 # A path that SaveWeights and its kin call `path` is a new name in the caller's own run.
 NEW_NAMES = re.compile("/save_weights")
 # Anything that a route needs besides the names.
@@ -72,6 +79,12 @@ FILL = {
     "seq_id": 5,
     "kind": "weights",
     "name": "a",
+    "project_id": "p",
+    "custom_loss_seq_id": 0,
+    "inputs": [],
+    "graph": {},
+    "step": 1,
+    "metrics": {"reward": 1.0},
     "file": "adapter",
 }
 
@@ -176,7 +189,7 @@ async def test_the_names_of_others_are_names_of_nothing(case: Case, tmp_path: Pa
             assert (seen[0], of_nothing[0]) == (200, 200)
             return
         assert seen == of_nothing, "a stranger can tell that it exists"
-        assert seen[0] == (204 if case.route.endswith("/cancel_future") else 404)
+        assert seen[0] == ANYWAY.get(case.route, 404)
         # The owner is not hindered: the route answers, or objects to something else.
         status = (await ask(owner, case, theirs))[0]
         assert status in ((200, 204, 302) if case.route.startswith("/api/") else (200, 400))

@@ -18,6 +18,7 @@ from twinkle_serve.config import Config
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.storage.catalog import Catalog
+from twinkle_serve.storage.ledger import Ledger
 
 BASE_URL = "http://server"
 API = f"{BASE_URL}/api/v1"
@@ -102,7 +103,8 @@ async def world(root: Path, **sections: Any) -> AsyncIterator[World]:
     group.decode_s = 0.001
     group.on_disk = True
     catalog = Catalog(root, "sqlite://")
-    plane = ControlPlane({"base": group}, catalog, config)
+    ledger = Ledger(root)
+    plane = ControlPlane({"base": group}, catalog, config, ledger=ledger)
     await plane.start()
     app = create_app(lambda: plane, config)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -111,4 +113,5 @@ async def world(root: Path, **sections: Any) -> AsyncIterator[World]:
             yield World(plane, group, http)
     finally:
         await plane.close()
+        ledger.close()
         catalog.close()

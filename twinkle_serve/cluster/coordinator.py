@@ -30,6 +30,7 @@ from twinkle_serve.logs import configure_logs
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 from twinkle_serve.storage.catalog import Catalog
 from twinkle_serve.storage.journal import Journal
+from twinkle_serve.storage.ledger import Ledger
 from twinkle_serve.storage.states import StateFiles
 from twinkle_serve.tenants import tenant_names
 
@@ -75,6 +76,7 @@ class Coordinator:
         self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
         self._plane: ControlPlane | None = None
         self._journal: Journal | None = None
+        self._ledger = Ledger(config.storage.root)
         self._status = Status("loading", "starting")
         self._life: asyncio.Task[None] | None = None
         self._pinged_at = time.monotonic()
@@ -126,6 +128,7 @@ class Coordinator:
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
         self._catalog.close()
+        self._ledger.close()
         await self._fleet.stop()
 
     def _live(self) -> None:
@@ -178,6 +181,7 @@ class Coordinator:
             self._config,
             durability=durability,
             name_of=tenant_names(self._config),
+            ledger=self._ledger,
             meter=RayMeter(),
         )
         plane.watch.spans.export = span_exporter(self._config.monitoring.otlp_endpoint, "coordinator")

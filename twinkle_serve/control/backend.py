@@ -103,6 +103,21 @@ class RunInfo:
     spec: LoraSpec
 
 
+@dataclass(frozen=True, slots=True)
+class SessionQuery:
+    """None: whatever it is. owners: tenants. statuses: pairs of a status and its finish reasons (None: all).
+    after: place of the last session of the page before."""
+
+    session_id: str | None = None
+    project_ids: tuple[str, ...] | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    display_name: str | None = None
+    owners: tuple[str, ...] | None = None
+    statuses: tuple[tuple[str, tuple[str, ...] | None], ...] | None = None
+    limit: int = 50
+    after: tuple[float, str] | None = None
+
+
 class NotFound(Exception):
     """No such object for this tenant. HTTP 404."""
 
@@ -174,7 +189,6 @@ class Backend(Protocol):
         """Its text. Raises NotFound."""
         ...
 
-
     async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
         """A run's curves by step and what it is doing: control/insight.py."""
         ...
@@ -238,9 +252,39 @@ class Backend(Protocol):
         ...
 
     # management -----------------------------------------------------------------------------------
-    async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
+    async def list_runs(
+        self, tenant: str, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[Mapping[str, Any]], int]:
         """One page of wire TrainingRun dicts, and the total."""
         ...
+
+    async def copy_checkpoint(
+        self,
+        tenant: str,
+        path: str,
+        place: tuple[str, int] | None,
+        project_id: str | None,
+        ttl_seconds: int | None,
+        once: str,
+    ) -> str:
+        """The path of a copy of the tenant's own or a published checkpoint, in a run that is not trained.
+        place: (session id, model_seq_id) of that run; None: a new session in the project. once: the same
+        text means the same copy. Raises Busy when the tenant's checkpoints leave no room."""
+        ...
+
+    async def assign_project(self, tenant: str, session_id: str, project_id: str) -> None: ...
+    async def search_sessions(
+        self, tenant: str, query: SessionQuery
+    ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+        """A page of wire SessionSummary dicts, newest first, and the wire cursor of the next page."""
+        ...
+
+    async def bill(self, tenant: str, since: float, until: float) -> Mapping[str, Any]:
+        """The wire's BillingUsageResponse for the hours that begin in [since, until)."""
+        ...
+
+    async def checkpoint_storage(self, tenant: str, project_id: str | None) -> Mapping[str, Any]: ...
+    async def audit(self, tenant: str, day: str | None, event_type: str) -> list[dict[str, Any]]: ...
 
     async def get_run(self, tenant: str, run_id: str) -> Mapping[str, Any]: ...
     async def list_checkpoints(

@@ -19,11 +19,13 @@ from twinkle_serve.control.quotas import Quotas, own_name
 from twinkle_serve.control.runs import Runs
 from twinkle_serve.control.samplers import Samplers
 from twinkle_serve.control.sessions import Sessions
+from twinkle_serve.control.usage import Usage
 from twinkle_serve.control.watch import Watch
 from twinkle_serve.protocol.work import Failure
 
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
+    from twinkle_serve.storage.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Books:
     losses: CustomLosses
     watch: Watch
     quotas: Quotas
+    usage: Usage
 
     def fail(self, request_id: str, failure: Failure) -> None:
         self.promises.fail(request_id, failure, self.clock.now())
@@ -56,6 +59,7 @@ class Books:
                 case ("sampler", str(sampler_id), int(seq_id)):
                     self.samplers.forget(sampler_id, seq_id)
         self.checkpoints.expire(now)
+        self.usage.sweep()
         self.watch.forget_stale(self.promises.is_pending)
         return self.sessions.expire(now)
 
@@ -68,6 +72,7 @@ def open_books(
     new_token: Callable[[], str] = random_token,
     meter: Meter | None = None,
     name_of: Callable[[str], str] = own_name,
+    ledger: Ledger | None = None,
 ) -> Books:
     """Books with everything in them that the catalogue remembers."""
     promises = PromiseTable(limits.result_retention_s, new_token, limits.results_max_bytes)
@@ -77,8 +82,17 @@ def open_books(
     checkpoints = Checkpoints(catalog)
     quotas = Quotas(limits, clock, promises, sessions, runs, checkpoints, name_of)
     losses = CustomLosses(catalog.put_loss, catalog.delete_loss)
+    usage = Usage(ledger, clock, sessions, checkpoints)
+    checkpoints.noted = usage.checkpoint
     watch = Watch(clock, meter)
-    books = Books(clock, promises, sessions, runs, samplers, checkpoints, losses, watch, quotas)
+
+    def used(tenant: str, session_id: str, base_model: str, kind: str, amount: int) -> None:
+        usage.tokens(tenant, session_id, base_model, kind, amount)
+        if kind == "sampled":
+            quotas.spend(tenant, amount)  # of the rest it was known before
+
+    watch.used = used
+    books = Books(clock, promises, sessions, runs, samplers, checkpoints, losses, watch, quotas, usage)
     contents = catalog.load_all()
     for session in contents.sessions:
         books.sessions.restore(session, clock.now())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,9 @@ def path_of(key: Key) -> str:
     return str(CheckpointPath(*key))
 
 
+Noted = Callable[[str, CheckpointRecord], object]
+
+
 class Checkpoints:
     """All listed checkpoints. Files of one that is pinned (being loaded or sampled from) outlive its
     removal from the list until the last pin is gone."""
@@ -47,7 +51,8 @@ class Checkpoints:
         self._records: dict[Key, CheckpointRecord] = {}
         self._by_run: dict[str, dict[Key, None]] = {}
         self._by_tenant: dict[str, dict[Key, None]] = {}
-        self._num_bytes: Counter[str] = Counter()  # by tenant
+        self.sizes: Counter[str] = Counter()  # bytes by tenant
+        self.noted: Noted = lambda event, record: None
         self._saving: Counter[Key] = Counter()
         self._pins: Counter[str] = Counter()
         self._doomed: set[str] = set()
@@ -61,7 +66,7 @@ class Checkpoints:
         ):
             index.pop(key, None)
             index[key] = None
-        self._num_bytes[record.tenant] += record.size_bytes - self._size(key)
+        self.sizes[record.tenant] += record.size_bytes - self._size(key)
         self._records[key] = record
         if record.expires_at is not None:
             heapq.heappush(self._expiry, (record.expires_at, key))
@@ -86,6 +91,7 @@ class Checkpoints:
         self._doomed.discard(record.directory)
         self._catalog.put_checkpoint(record)
         self.restore(record)
+        self.noted("created", record)
 
     def release(self, key: Key) -> None:
         """The save is over, well or not."""
@@ -131,16 +137,20 @@ class Checkpoints:
     @property
     def num_bytes(self) -> int:
         """Of all tenants."""
-        return self._num_bytes.total()
+        return self.sizes.total()
 
     def bytes_of(self, tenant: str) -> int:
         """The size of all that is listed for the tenant."""
-        return self._num_bytes[tenant]
+        return self.sizes[tenant]
 
     def files(self, record: CheckpointRecord) -> dict[str, str]:
         """Each file's name within the checkpoint to its absolute path."""
         directory = Path(record.directory).absolute()
         return {name: str(directory / name) for name in self._catalog.files(directory)}
+
+    def copy_files(self, source: CheckpointRecord, directory: str) -> int:
+        """Make a whole checkpoint at ``directory`` of the files of ``source``. Its size in bytes. Blocks."""
+        return self._catalog.copy_directory(source.directory, directory)
 
     def pin(self, directory: str) -> None:
         self._pins[directory] += 1
@@ -158,6 +168,7 @@ class Checkpoints:
     def publish(self, record: CheckpointRecord, public: bool) -> None:
         if record.public != public:
             self._update(replace(record, public=public))
+            self.noted("published" if public else "unpublished", record)
 
     def set_ttl(self, record: CheckpointRecord, ttl_seconds: int | None, now: float) -> None:
         check_ttl(ttl_seconds)
@@ -166,10 +177,10 @@ class Checkpoints:
         if expires_at is not None:
             heapq.heappush(self._expiry, (expires_at, key_of(record)))
 
-    def delete(self, record: CheckpointRecord) -> None:
+    def delete(self, record: CheckpointRecord, event: str = "deleted") -> None:
         """Take it out of the list at once; its files go when nobody reads them."""
         key = key_of(record)
-        self._num_bytes[record.tenant] -= self._size(key)
+        self.sizes[record.tenant] -= self._size(key)
         del self._records[key]
         del self._by_run[record.run_id][key]
         del self._by_tenant[record.tenant][key]
@@ -178,6 +189,7 @@ class Checkpoints:
             self._doomed.add(record.directory)
         elif not self._saving[key]:  # an overwriting save brings its own files there
             self._catalog.remove_directory(record.directory)
+        self.noted(event, record)
 
     def expire(self, now: float) -> None:
         """Delete what is past its time. A changed or cancelled time left a stale entry: skip it."""
@@ -185,7 +197,7 @@ class Checkpoints:
             expires_at, key = heapq.heappop(self._expiry)
             record = self._records.get(key)
             if record is not None and record.expires_at == expires_at:
-                self.delete(record)
+                self.delete(record, "expired")
 
     def _size(self, key: Key) -> int:
         record = self._records.get(key)

@@ -49,10 +49,6 @@ class OnRecord:
     async def custom_loss(self, tenant: str, loss_id: str) -> str:
         return self._books.losses.get(tenant, loss_id).graph
 
-    async def list_runs(self, tenant: str, limit: int, offset: int) -> tuple[list[Mapping[str, Any]], int]:
-        runs = self._books.runs.of_tenant(tenant)
-        return [self._run_view(run) for run in runs[offset : offset + limit]], len(runs)
-
     async def get_run(self, tenant: str, run_id: str) -> Mapping[str, Any]:
         return self._run_view(self._books.runs.get(tenant, run_id))
 
@@ -83,7 +79,9 @@ class OnRecord:
             raise Invalid(str(error)) from None
 
     async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, str]:
-        return self._books.checkpoints.files(self._books.checkpoints.find(tenant, path))
+        record = self._books.checkpoints.find(tenant, path)
+        self._books.usage.checkpoint("read", record, by=tenant)
+        return self._books.checkpoints.files(record)
 
     def _owned(self, tenant: str, path: str) -> CheckpointRecord:
         return self._books.checkpoints.owned(tenant, path)

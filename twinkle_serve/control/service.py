@@ -27,8 +27,8 @@ from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.groups import groups_of, place_run, place_sample
 from twinkle_serve.control.insight import cluster_view, gap_in_words, in_words, measure, run_insight
 from twinkle_serve.control.keeper import Keeper
+from twinkle_serve.control.management import Management
 from twinkle_serve.control.metrics import Meter
-from twinkle_serve.control.on_record import OnRecord
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.quotas import Reason, own_name
 from twinkle_serve.control.runs import Run, run_id_for
@@ -44,6 +44,7 @@ from twinkle_serve.storage.records import LossRecord, RunRecord, SamplerRecord
 
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
+    from twinkle_serve.storage.ledger import Ledger
 
 _SWEEP_EVERY_S = 5.0
 _LISTING_S = 2.0
@@ -53,7 +54,7 @@ _RESULTS = "this server's room for results is full; it empties as they are fetch
 _STOPPING = Failure("the server is shutting down", "server")
 
 
-class ControlPlane(OnRecord):
+class ControlPlane(Management):
     """See control.backend.Backend for what each method promises. ``start`` before, ``close`` after."""
 
     def __init__(
@@ -68,16 +69,17 @@ class ControlPlane(OnRecord):
         durability: Durability | None = None,
         meter: Meter | None = None,
         name_of: Callable[[str], str] = own_name,
+        ledger: Ledger | None = None,
     ) -> None:
         """groups: by the names that ``group_names`` gives, each loaded. recover: what to do about requests
         and runs of a group that died. new_token: where unguessable ids come from. durability: with it nothing
         accepted is lost, and ``recover`` is not asked. meter: where numbers for operators go. name_of: see
-        Quotas."""
+        Quotas. ledger: where usage is kept."""
         self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
         super().__init__(
-            open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token, meter, name_of)
+            open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token, meter, name_of, ledger)
         )
         self._keeper: Keeper | None = None
         if durability is not None:
@@ -141,6 +143,7 @@ class ControlPlane(OnRecord):
         the journal, where the next start finds it."""
         self._closing = True
         await asyncio.gather(*(driver.close(timeout_s) for driver in self._drivers.values()))
+        self._books.usage.write()
         for timer in [*self._gap_timers.values(), *filter(None, [self._sweep_timer])]:
             timer.cancel()
         if self._keeper is not None:

@@ -41,8 +41,10 @@ class Sessions:
         self._by_tenant: dict[str, list[str]] = {}
         self._active: dict[str, Session] = {}  # the longest silent first
 
-    def create(self, tenant: str, info: Mapping[str, Any], now: float) -> str:
-        session_id = f"session-{self._new_token()}"
+    def create(self, tenant: str, info: Mapping[str, Any], now: float, session_id: str | None = None) -> str:
+        """session_id: one that nobody has; None: a new one."""
+        session_id = session_id or f"session-{self._new_token()}"
+        assert session_id not in self._sessions
         record = SessionRecord(session_id, tenant, now, dict(info))
         self._save(record)
         self.restore(record, now)
@@ -65,6 +67,23 @@ class Sessions:
     @property
     def num_active(self) -> int:
         return len(self._active)
+
+    def exists(self, session_id: str) -> bool:
+        return session_id in self._sessions
+
+    def of_tenant(self, tenant: str) -> list[Session]:
+        return [self._sessions[session_id] for session_id in self._by_tenant.get(tenant, [])]
+
+    def info(self, tenant: str, session_id: str) -> Mapping[str, Any]:
+        """What the tenant's session said of itself; nothing for a session that is not known."""
+        session = self._sessions.get(session_id)
+        return session.record.info if session is not None and session.record.tenant == tenant else {}
+
+    def describe(self, tenant: str, session_id: str, words: Mapping[str, Any]) -> None:
+        """Change what the session says of itself."""
+        session = self.get(tenant, session_id)
+        session.record = replace(session.record, info={**session.record.info, **words})
+        self._save(session.record)
 
     def is_active(self, session_id: str) -> bool:
         """Whether its client is there, as far as anybody knows."""

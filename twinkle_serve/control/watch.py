@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,8 @@ class Watch:
         self._requests: dict[str, _Request] = {}
         self._paces: dict[str, _Pace] = {}
         self._tenants = TenantLabels()
+        # Also told of tokens: tenant, session or "", base model, kind, number.
+        self.used: Callable[[str, str, str, str, int], None] = lambda *_: None
 
     def add_group(self, info: ModelInfo, tick_tokens: int, num_ranks: int) -> None:
         self._paces.setdefault(info.name, _Pace(info, tick_tokens, num_ranks))
@@ -291,6 +293,7 @@ class Watch:
         self.meter.observe("queue_seconds", waited, model=request.model, kind=request.kind)
 
     def _count_tokens(self, request: _Request, kind: str, amount: int) -> None:
+        self.used(request.tenant, request.session, request.model, kind, amount)
         tenant = self._tenants.of(request.tenant)
         by_tenant = self._paces[request.model].tenant_tokens
         by_tenant[tenant] = by_tenant.get(tenant, 0) + amount

@@ -22,6 +22,7 @@ from twinkle_serve.gateway import (
     custom_losses,
     downloads,
     futures,
+    management,
     runs,
     sampling,
     service,
@@ -69,7 +70,18 @@ def create_app(
     app.state.gateway = gateway
     install_error_handlers(app)
     # Routes are tried in this order, so what is asked most often comes first.
-    for part in (futures, sampling, training, custom_losses, sessions, service, runs, checkpoints, downloads):
+    for part in (
+        futures,
+        sampling,
+        training,
+        custom_losses,
+        sessions,
+        service,
+        runs,
+        checkpoints,
+        management,
+        downloads,
+    ):
         app.include_router(part.router, prefix=PREFIX)
     app.include_router(insights, prefix=PREFIX)
     app.mount("/v1", create_openai_app(gateway, __version__))

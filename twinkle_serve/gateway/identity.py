@@ -18,10 +18,11 @@ from typing import Protocol
 
 from twinkle_serve.config import Config
 from twinkle_serve.hub.users import HubAway, HubUsers
-from twinkle_serve.protocol.errors import BackendUnavailable, Unauthorized
+from twinkle_serve.protocol.errors import BackendUnavailable, Unauthorized, UserError
 from twinkle_serve.storage.keys import PREFIX, KeyStore
 from twinkle_serve.tenants import tenant_of_user
 
+_NOT_OURS = "this server did not give out the key, so it cannot take it back"
 _NO_KEY = "no API key: send it as X-API-Key or as Authorization: Bearer"
 # A revoked key stops working within this time.
 _OWN_KEY_S = 20.0
@@ -41,9 +42,16 @@ class Identity(Protocol):
 
     async def identify(self, headers: Mapping[str, str]) -> Caller: ...
 
+    async def revoke(self, headers: Mapping[str, str]) -> None:
+        """The key in ``headers`` counts no more. Raises UserError where keys are not this server's own."""
+        ...
+
 
 class OpenIdentity:
     """Every distinct key is its own tenant; any key will do, but there must be one."""
+
+    async def revoke(self, headers: Mapping[str, str]) -> None:
+        raise UserError(_NOT_OURS)
 
     async def identify(self, headers: Mapping[str, str]) -> Caller:
         key = api_key(headers)
@@ -88,9 +96,11 @@ class CheckedIdentity:
         good_s: float,
         bad_s: float = 5.0,
         grace_s: float = 0.0,
+        revoke: Callable[[str], None] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._check = check
+        self._revoke = revoke
         self._good_s, self._bad_s, self._grace_s = good_s, bad_s, grace_s
         self._now = now
         self._secret = secrets.token_bytes(32)
@@ -101,13 +111,24 @@ class CheckedIdentity:
         key = api_key(headers)
         if key is None:
             raise Unauthorized(_NO_KEY)
-        digest = hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")
+        digest = self._digest(key)
         verdict = self._verdicts.get(digest)
         if verdict is None or self._age(verdict) > (self._good_s if verdict.caller else self._bad_s):
             verdict = await self._ask(digest, key, verdict)
         if verdict.caller is None:
             raise Unauthorized("this API key is not valid here, or its user is not a member")
         return verdict.caller
+
+    async def revoke(self, headers: Mapping[str, str]) -> None:
+        await self.identify(headers)
+        key = api_key(headers)
+        if self._revoke is None or key is None:
+            raise UserError(_NOT_OURS)
+        await asyncio.to_thread(self._revoke, key)
+        self._verdicts.pop(self._digest(key), None)
+
+    def _digest(self, key: str) -> bytes:
+        return hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")
 
     def _age(self, verdict: _Verdict) -> float:
         return self._now() - verdict.checked_at
@@ -168,7 +189,8 @@ def create_identity(config: Config) -> Identity:
     if auth.mode == "open":
         return OpenIdentity()
     if auth.mode == "keys":
-        return CheckedIdentity(check_own_key(KeyStore(config.storage.root)), good_s=_OWN_KEY_S)
+        store = KeyStore(config.storage.root)
+        return CheckedIdentity(check_own_key(store), good_s=_OWN_KEY_S, revoke=store.revoke_key)
     hub = auth.modelscope
     check = check_modelscope_token(HubUsers(hub))
     return CheckedIdentity(check, good_s=hub.cache_s, grace_s=hub.grace_s)

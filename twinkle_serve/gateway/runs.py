@@ -24,8 +24,10 @@ _KNOWS_EXTERNAL = (0, 38)
 
 
 @router.get("/training_runs")
-async def list_runs(call: Authenticated, limit: Limit = 20, offset: Offset = 0) -> Response:
-    runs, total = await call.backend.list_runs(call.tenant, limit, offset)
+async def list_runs(
+    call: Authenticated, limit: Limit = 20, offset: Offset = 0, project_id: str | None = None
+) -> Response:
+    runs, total = await call.backend.list_runs(call.tenant, limit, offset, project_id)
     page = {"training_runs": runs, "cursor": _cursor(limit, offset, total)}
     return reply(page)
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from twinkle_serve.gateway.context import Authenticated, gateway_of
-from twinkle_serve.gateway.http import refusal, reply
+from twinkle_serve.gateway.http import no_content, refusal, reply
 from twinkle_serve.protocol.errors import BackendUnavailable
 
 router = APIRouter(tags=["service"])
@@ -100,6 +100,13 @@ async def api_key_owner(call: Authenticated) -> Response:
             "details": {"org_details": {"name": "twinkle-serve"}, "user_details": {"email": ""}},
         }
     )
+
+
+@router.delete("/auth/apikey/me")
+async def delete_api_key(request: Request, call: Authenticated) -> Response:
+    """What ``tinker auth logout`` asks for: the key that it sends is revoked."""
+    await call.gateway.identity.revoke(request.headers)
+    return no_content()
 
 
 def _is_hex(text: str) -> bool:

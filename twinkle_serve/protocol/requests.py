@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,6 +27,7 @@ from twinkle_serve.protocol.errors import UserError
 
 MAX_RANK = 32
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
+MAX_PROJECT_LENGTH = 128
 
 Metadata = dict[str, Any]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
@@ -189,6 +191,46 @@ class CreateSamplingSession(Lenient):
 
 class WeightsInfo(Lenient):
     tinker_path: str
+
+
+class CopyWeights(Lenient):
+    """Into a new run of a session, or of a project."""
+
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = Field(None, ge=0)
+    destination_project_id: str | None = Field(None, min_length=1, max_length=MAX_PROJECT_LENGTH)
+    ttl_seconds: Ttl | None = None
+
+
+class AssignProject(Lenient):
+    project_id: str = Field(min_length=1, max_length=MAX_PROJECT_LENGTH)
+
+
+class SearchOwner(Lenient):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[str] = Field([], max_length=10)
+
+
+class SearchStatus(Lenient):
+    type: str
+    reasons: list[str] | None = None
+
+
+class SearchCursor(Lenient):
+    last_created_at: AwareDatetime
+    last_session_id: str
+
+
+class SearchSessions(Lenient):
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    owner: SearchOwner = SearchOwner()
+    statuses: list[SearchStatus] | None = None
+    limit: int = Field(50, ge=1, le=200)
+    cursor: SearchCursor | None = None
 
 
 class SetTtl(Lenient):

@@ -135,6 +135,12 @@ class Catalog:
         be a file name."""
         return str(self._checkpoints.joinpath(_segment(run_id), _segment(kind), _segment(name)))
 
+    def copy_directory(self, source: str | Path, target: str | Path) -> int:
+        """A second checkpoint of the same files, which are shared on disk where the file system can. Its size
+        in bytes. Raises CheckpointError."""
+        assert Path(target).resolve().is_relative_to(self._checkpoints.resolve()), target
+        return checkpoints.copy_checkpoint(source, target)
+
     def remove_directory(self, directory: str | Path) -> None:
         """Delete a checkpoint's files; nothing happens if they are gone."""
         path = Path(directory)

@@ -81,6 +81,12 @@ class KeyStore:
             if not self._revoke(connection, name):
                 raise ValueError(f"{name!r} has no key")
 
+    def revoke_key(self, key: str) -> None:
+        """The key itself counts no more; nothing happens if it did not."""
+        change = _keys.update().where(_keys.c.digest == self._digest(key), _keys.c.revoked_at.is_(None))
+        with self._engine.begin() as connection:
+            connection.execute(change.values(revoked_at=time.time()))
+
     def list(self) -> list[KeyRecord]:
         """All keys there ever were, oldest first."""
         with self._engine.connect() as connection:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.control.echo_group import pass_command
+from tests.control.plane import Client, control_plane
+from tests.control.virtual_time import EPOCH, virtual
+from twinkle_serve.control.backend import SaveCommand
+from twinkle_serve.storage.ledger import Ledger
+
+
+@virtual
+async def test_tokens_saves_and_storage_are_counted_by_the_hour(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    start = EPOCH // 3600 * 3600
+    async with control_plane(tmp_path, ledger=ledger) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a", 10, 20))
+        await client.do(run, 2, pass_command("b", 5, backward=False))
+        await client.do(run, 3, SaveCommand("weights", "n"))
+        sampler = await plane.create_sampler(client.tenant, client.session, 0, "base", None)
+        await client.result(await client.sample(sampler))
+        await asyncio.sleep(2 * 3600)
+        await plane.delete_checkpoint(client.tenant, f"tinker://{run}/weights/n")
+        bill = await plane.bill(client.tenant, start, start + 6 * 3600)
+        again = await plane.bill(client.tenant, start, start + 6 * 3600)
+    amounts: dict[str, float] = {}
+    for line in bill["data"]:
+        info = line["event_info"]
+        amount = info.get("token_count", info.get("count", info.get("gigabyte_hours")))
+        amounts[info["type"]] = amounts.get(info["type"], 0) + amount
+    assert amounts["training"] == 35
+    assert amounts["checkpoint"] == 1
+    assert amounts["sampling_prefill"] == 2
+    size = 100 + len(("create", "a"))  # what an EchoGroup says
+    assert amounts["storage"] == pytest.approx(2 * size / 1e9, rel=0.02)
+    assert len([line for line in bill["data"] if line["event_info"]["type"] == "storage"]) >= 2
+    assert again["data"] == bill["data"], "asking changes nothing"
+    ledger.close()
+
+
+@virtual
+async def test_what_was_counted_outlives_the_server(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    async with control_plane(tmp_path, ledger=ledger) as plane:
+        client = await Client(plane).open()
+        await client.do(await client.create(), 1, pass_command("a", 10))
+    async with control_plane(tmp_path, ledger=ledger) as plane:
+        bill = await plane.bill(client.tenant, EPOCH - 7200, EPOCH + 7200)
+    assert [line["event_info"] for line in bill["data"]] == [{"type": "training", "token_count": 10}]
+    ledger.close()

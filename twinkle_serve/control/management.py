@@ -1,0 +1,144 @@
+"""Looking after what is on record: copies of checkpoints, projects, search, bills and the audit log.
+
+Knows sessions, runs and checkpoints by their registries. Does not know groups, ticks or promises
+(service.py), nor what a listing looks like (on_record.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from twinkle_serve.control.backend import Invalid, SessionQuery
+from twinkle_serve.control.checkpoints import Key, check_ttl, key_of, path_of
+from twinkle_serve.control.on_record import OnRecord
+from twinkle_serve.control.runs import run_id_for
+from twinkle_serve.control.search import matches, place_of, summary
+from twinkle_serve.control.usage import project_of
+from twinkle_serve.protocol.errors import BackendUnavailable, UserError
+from twinkle_serve.storage.records import CheckpointRecord, RunRecord
+
+
+class Management(OnRecord):
+    """See control.backend.Backend for what each method promises."""
+
+    async def copy_checkpoint(
+        self,
+        tenant: str,
+        path: str,
+        place: tuple[str, int] | None,
+        project_id: str | None,
+        ttl_seconds: int | None,
+        once: str,
+    ) -> str:
+        try:
+            check_ttl(ttl_seconds)
+        except UserError as error:
+            raise Invalid(str(error)) from None
+        books = self._books
+        source = books.checkpoints.find(tenant, path)
+        session_id, number = place or (self._archive(tenant, project_id, once), 0)
+        books.sessions.get(tenant, session_id)
+        key: Key = (run_id_for(session_id, number), source.kind, source.name)
+        if books.checkpoints.at(key) is not None:
+            return path_of(key)  # sent twice
+        if books.checkpoints.is_saving(path_of(key)):
+            raise BackendUnavailable("this copy is being made; ask again")
+        if books.runs.find(key[0]) is not None:
+            raise Invalid(f"model_seq_id {number} of session {session_id!r} is taken")
+        books.quotas.check_checkpoints(tenant)
+        await self._copy(source, tenant, session_id, number, key, ttl_seconds)
+        return path_of(key)
+
+    async def _copy(
+        self,
+        source: CheckpointRecord,
+        tenant: str,
+        session_id: str,
+        number: int,
+        key: Key,
+        ttl_seconds: int | None,
+    ) -> None:
+        """The files are linked, not written again. The new run holds the copy and cannot be trained."""
+        books, now = self._books, self._books.clock.now()
+        directory = books.checkpoints.reserve(*key, overwrite=False)
+        books.checkpoints.pin(source.directory)
+        try:
+            size = await asyncio.to_thread(books.checkpoints.copy_files, source, directory)
+        except BaseException:
+            books.checkpoints.release(key)
+            raise
+        finally:
+            books.checkpoints.unpin(source.directory)
+        run = RunRecord(key[0], session_id, number, tenant, source.base_model, source.spec, now, now)
+        books.runs.create(replace(run, unloaded=True))
+        books.sessions.get(tenant, session_id).models[number] = (key[0], None)
+        expires_at = None if ttl_seconds is None else now + ttl_seconds
+        copy = replace(
+            source,
+            run_id=key[0],
+            tenant=tenant,
+            directory=directory,
+            created_at=now,
+            expires_at=expires_at,
+            public=False,
+            seq_id=None,
+        )
+        assert key_of(copy) == key
+        books.checkpoints.commit(copy, size)
+
+    def _archive(self, tenant: str, project_id: str | None, once: str) -> str:
+        """A session of its own for a copy, the same if the request is sent again; over from the start."""
+        token = hashlib.sha256("\n".join((tenant, project_id or "", once)).encode()).hexdigest()[:32]
+        session_id = f"session-copy-{token}" if once else None
+        sessions = self._books.sessions
+        if session_id is not None and sessions.exists(session_id):
+            return session_id
+        info = {"project_id": project_id, "display_name": "copied weights"}
+        session_id = sessions.create(tenant, info, self._books.clock.now(), session_id)
+        sessions.finish(tenant, session_id, {"type": "success"})
+        return session_id
+
+    async def assign_project(self, tenant: str, session_id: str, project_id: str) -> None:
+        self._books.sessions.describe(tenant, session_id, {"project_id": project_id})
+
+    async def search_sessions(
+        self, tenant: str, query: SessionQuery
+    ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+        if query.owners is not None and tenant not in query.owners:
+            return [], None
+        found: list[Mapping[str, Any]] = []
+        sessions = self._books.sessions.of_tenant(tenant)
+        for session in sorted(sessions, key=lambda session: place_of(session.record), reverse=True):
+            if not matches(session.record, query):
+                continue
+            if len(found) == query.limit:
+                last = found[-1]
+                return found, {"last_created_at": last["created_at"], "last_session_id": last["session_id"]}
+            runs = [run_id for run_id, _ in session.models.values()]
+            records = [record for run_id in runs for record in self._books.checkpoints.of_run(run_id)]
+            found.append(summary(session.record, records))
+        return found, None
+
+    async def list_runs(
+        self, tenant: str, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[Mapping[str, Any]], int]:
+        runs = self._books.runs.of_tenant(tenant)
+        if project_id is not None:
+            sessions = self._books.sessions
+            runs = [
+                run for run in runs if project_of(sessions.info(tenant, run.record.session_id)) == project_id
+            ]
+        return [self._run_view(run) for run in runs[offset : offset + limit]], len(runs)
+
+    async def bill(self, tenant: str, since: float, until: float) -> Mapping[str, Any]:
+        return self._books.usage.bill(tenant, since, until)
+
+    async def checkpoint_storage(self, tenant: str, project_id: str | None) -> Mapping[str, Any]:
+        return self._books.usage.storage(tenant, project_id)
+
+    async def audit(self, tenant: str, day: str | None, event_type: str) -> list[dict[str, Any]]:
+        return self._books.usage.audit(tenant, day, event_type)

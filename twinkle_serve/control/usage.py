@@ -1,0 +1,165 @@
+"""Counts what each tenant uses, for its bill and its audit log; both are written to a ledger now and then.
+
+Knows kinds of usage and hours. Does not know limits (quotas.py), prices, or who else measures the same
+(watch.py, which tells it about tokens).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from twinkle_serve.control.checkpoints import Checkpoints, key_of, path_of
+from twinkle_serve.control.clock import Clock
+from twinkle_serve.control.sessions import Sessions
+from twinkle_serve.control.views import text_values, timestamp
+from twinkle_serve.storage.ledger import Event, Ledger, UsageKey
+from twinkle_serve.storage.records import CheckpointRecord
+
+HOUR_S, DAY_S = 3600.0, 86_400.0
+_KEPT_S = 100 * DAY_S
+_WRITE_EVERY_S = 60.0
+_GIGABYTE = 1e9
+# What Watch calls tokens, and the bill's word for them.
+_TOKENS = {
+    "train": "training",
+    "forward": "training",
+    "prompt": "sampling_prefill",
+    "sampled": "sampling_sample",
+}
+
+
+class Usage:
+    """Of all tenants. Without a ledger nothing is kept."""
+
+    def __init__(
+        self, ledger: Ledger | None, clock: Clock, sessions: Sessions, checkpoints: Checkpoints
+    ) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._sessions = sessions
+        self._checkpoints = checkpoints
+        self._unwritten: Counter[UsageKey] = Counter()
+        self._written_at = clock.now()
+
+    # what happens ---------------------------------------------------------------------------------
+
+    def tokens(self, tenant: str, session_id: str, base_model: str, kind: str, amount: int) -> None:
+        """kind: as in the table of metrics."""
+        self._count(tenant, session_id, base_model, _TOKENS[kind], amount)
+
+    def checkpoint(self, event: str, record: CheckpointRecord, by: str | None = None) -> None:
+        """event: created, deleted, expired, published, unpublished or read. by: another tenant."""
+        if event == "created":
+            session_id = record.run_id.partition(":")[0]
+            self._count(record.tenant, session_id, record.base_model, "checkpoint", 1)
+        if self._ledger is not None:
+            details: dict[str, Any] = {"tinker_path": path_of(key_of(record)), "model_id": record.run_id}
+            if by is not None and by != record.tenant:
+                details["by"] = "another tenant"
+            self._ledger.note(record.tenant, Event(self._clock.now(), f"checkpoint_{event}", details))
+
+    def sweep(self) -> None:
+        """To be called every few seconds."""
+        if self._clock.now() - self._written_at >= _WRITE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Bring what was counted to the ledger, and what lay on disk meanwhile."""
+        now = self._clock.now()
+        hours, self._written_at = (now - self._written_at) / HOUR_S, now
+        for tenant, num_bytes in self._checkpoints.sizes.items():
+            self._count(tenant, "", "", "storage", hours * num_bytes / _GIGABYTE)
+        counted, self._unwritten = self._unwritten, Counter()
+        if self._ledger is not None and counted:
+            self._ledger.add(counted)
+            self._ledger.forget(now - _KEPT_S)
+
+    def _count(self, tenant: str, session_id: str, base_model: str, kind: str, amount: float) -> None:
+        if amount:
+            hour = self._clock.now() // HOUR_S * HOUR_S
+            self._unwritten[UsageKey(tenant, hour, session_id, base_model, kind)] += amount  # type: ignore[assignment]
+
+    # what was used --------------------------------------------------------------------------------
+
+    def bill(self, tenant: str, since: float, until: float) -> dict[str, Any]:
+        """The wire's BillingUsageResponse for the hours that begin in [since, until); no prices."""
+        self.write()
+        lines = self._ledger.usage(tenant, since, until) if self._ledger is not None else []
+        sessions = {key.session_id: self._describe(tenant, key.session_id) for key, _ in lines}
+        sessions.pop("", None)
+        data = [self._line(key, amount, sessions.get(key.session_id)) for key, amount in lines]
+        shown = {name: {"user_metadata": found["user_metadata"]} for name, found in sessions.items()}
+        return {"data": data, "sessions": shown}
+
+    def storage(self, tenant: str, project_id: str | None) -> dict[str, Any]:
+        """The wire's CurrentCheckpointStorageUsageResponse: one item a project."""
+        counts: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+        for record in self._checkpoints.of_tenant(tenant):
+            project = str(self._describe(tenant, record.run_id.partition(":")[0])["project_id"])
+            counts[project] += 1
+            sizes[project] += record.size_bytes
+        return {
+            "data": [
+                {
+                    "project_id": project,
+                    "org_user_urn": tenant,
+                    "checkpoint_count": count,
+                    "size_bytes": sizes[project],
+                    "size_gigabytes": sizes[project] / _GIGABYTE,
+                }
+                for project, count in counts.items()
+                if project_id in (None, project)
+            ]
+        }
+
+    def audit(self, tenant: str, day: str | None, event_type: str) -> list[dict[str, Any]]:
+        """What was done to the tenant's checkpoints on a day (YYYY-MM-DD, UTC; None: today)."""
+        if self._ledger is None:
+            return []
+        now = datetime.fromtimestamp(self._clock.now(), UTC).date().isoformat()
+        start = datetime.fromisoformat(f"{day or now}T00:00:00+00:00").timestamp()
+        found = self._ledger.events(tenant, start, start + DAY_S)
+        return [
+            {"timestamp": timestamp(event.at), "event": event.event, "event_details": dict(event.details)}
+            for event in found
+            if event_type in ("all", event.event)
+        ]
+
+    def _line(self, key: UsageKey, amount: float, session: Mapping[str, Any] | None) -> dict[str, Any]:
+        info: dict[str, Any] = {"type": key.kind}
+        match key.kind:
+            case "storage":
+                info |= {"free": False, "gigabyte_hours": amount}
+            case "checkpoint":
+                info |= {"count": round(amount)}
+            case _:
+                info |= {"token_count": round(amount)}
+        if key.kind == "sampling_prefill":
+            info["cached"] = False
+        line = {
+            "bucket_start": timestamp(key.hour),
+            "bucket_end": timestamp(key.hour + HOUR_S),
+            "user_id": key.tenant,
+            "event_info": info,
+        }
+        if key.base_model:
+            line["base_model"] = key.base_model
+        if session is not None:
+            line |= {"session_id": key.session_id, "project_id": session["project_id"]}
+        return line
+
+    def _describe(self, tenant: str, session_id: str) -> dict[str, Any]:
+        info = self._sessions.info(tenant, session_id)
+        return {"project_id": project_of(info), "user_metadata": text_values(info.get("user_metadata") or {})}
+
+
+DEFAULT_PROJECT = "default"
+
+
+def project_of(info: Mapping[str, Any]) -> str:
+    """The project that a session is in. Projects are names that clients give; nothing else is in them."""
+    return str(info.get("project_id") or DEFAULT_PROJECT)
