@@ -58,4 +58,4 @@ def progress(row: Row) -> float:
     operator, _, aim = row.target.partition(" ")
     if operator == ">=":
         return row.value / float(aim)
-    return float(aim) / row.value if row.value > 0 else float(aim)
+    return float(aim) / row.value if row.value > 0 else 1.0

@@ -80,9 +80,11 @@ class Rows:
 
 
 def read_rows(path: Path) -> list[Row]:
+    """The whole rows in a file of Rows; one that a kill cut short is left out."""
     if not path.exists():
         return []
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines(keepends=True)
+    return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def line_of(row: Row) -> str:

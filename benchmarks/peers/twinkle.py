@@ -57,7 +57,7 @@ config = Qwen3MoeConfig(
     norm_topk_prob=True, tie_word_embeddings=False, rope_theta=1e6, max_position_embeddings=512)
 Qwen3MoeForCausalLM(config).save_pretrained(sys.argv[1])
 """
-_START_S = 150.0
+_START_S = 300.0
 
 
 class NotInstallable(Exception):
@@ -160,6 +160,8 @@ def _variables(scratch: Path) -> dict[str, str]:
         "TWINKLE_TRUST_REMOTE_CODE": "0",
         "TWINKLE_DEFAULT_SAVE_DIR": str(scratch.resolve() / "outputs"),
         "RAY_memory_monitor_refresh_ms": "0",
+        # Makes Ray listen on 127.0.0.1 only.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(24),
     }
