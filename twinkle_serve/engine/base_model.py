@@ -161,9 +161,8 @@ def load_base_model(config: ModelConfig, directory: Path, ranks: Ranks | None = 
     device = choose_device(config)
     dtype = _dtype(config, device)
     _set_threads(config)
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        # The unembedding's low-rank products are the only ones in float32; the rest of the model is coarser.
-        torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        _set_precision(config, dtype)
     model_config = _read_config(directory)
     sharding = _sharding(config, ranks, device)
     model = sharding.load(config, model_config, directory, device, dtype)
@@ -187,6 +186,15 @@ def _sharding(config: ModelConfig, ranks: Ranks, device: torch.device) -> Shardi
         return ExpertParallel(ranks, device)
     assert config.sharding == "zero3"
     return Zero3(ranks, device)
+
+
+def _set_precision(config: ModelConfig, dtype: torch.dtype) -> None:
+    """How a GPU multiplies and adds in this process."""
+    # In a bfloat16 model the unembedding's low-rank products alone are float32; the rest is coarser anyway.
+    torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
+    # Some kernels add in the order in which their blocks happen to finish.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
 
 
 def prepare(

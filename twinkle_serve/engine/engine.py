@@ -102,9 +102,10 @@ class Engine:
     def probe(self) -> bool:
         """Whether a forward pass of the base model still works; cheap."""
         token_ids = torch.zeros(2, dtype=torch.int64, device=self.base.device)
+        positions = torch.arange(2, device=self.base.device)
         self.base.enter([[(None, 2)]] * self.ranks.size)
         with torch.no_grad():
-            hidden = self.base.hidden_states(token_ids, torch.arange(2), PackedCausal([2]))
+            hidden = self.base.hidden_states(token_ids, positions, PackedCausal([2]))
         return bool(torch.isfinite(hidden).all())
 
     def check_loss(self, graph: str) -> Failure | None:
