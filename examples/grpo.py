@@ -26,6 +26,7 @@ from matplotlib import pyplot as plt
 
 QUESTIONS = ["Count to ten.", "Tell me a long number.", "What is pi?", "Write down a year."]
 Loss = Literal["importance_sampling", "ppo"]
+Compare = Callable[[Sequence[float]], list[float]]
 Rollouts = list[tuple[list[int], Any]]  # prompt, future of its group of answers
 
 
@@ -73,15 +74,20 @@ def ask_all(
 
 
 def learn(
-    client: tinker.TrainingClient, tokenizer: Any, rollouts: Rollouts, loss: Loss, options: argparse.Namespace
+    client: tinker.TrainingClient,
+    tokenizer: Any,
+    rollouts: Rollouts,
+    loss: Loss,
+    options: argparse.Namespace,
+    compare: Compare = advantages,
 ) -> float:
-    """One step on these answers; their mean reward."""
+    """One step on these answers; their mean reward. ``compare``: from a group's rewards to advantages."""
     data, rewards = [], []
     for prompt, future in rollouts:
         answers = future.result().sequences
         group = [reward(tokenizer.decode(each.tokens, skip_special_tokens=True)) for each in answers]
         rewards += group
-        data += [to_datum(prompt, *pair) for pair in zip(answers, advantages(group), strict=True)]
+        data += [to_datum(prompt, *pair) for pair in zip(answers, compare(group), strict=True)]
     backward = client.forward_backward(data, loss)
     step = client.optim_step(types.AdamParams(learning_rate=options.learning_rate, grad_clip_norm=1.0))
     backward.result()
@@ -89,12 +95,14 @@ def learn(
     return statistics.fmean(rewards)
 
 
-def train(client: tinker.TrainingClient, tokenizer: Any, options: argparse.Namespace) -> list[float]:
+def train(
+    client: tinker.TrainingClient, tokenizer: Any, options: argparse.Namespace, compare: Compare = advantages
+) -> list[float]:
     """The mean reward of each step."""
     rewards: list[float] = []
     for step in (progress := tqdm(range(options.steps), unit="step", dynamic_ncols=True)):
         rollouts = ask_all(client, tokenizer, step, options)
-        rewards.append(learn(client, tokenizer, rollouts, "importance_sampling", options))
+        rewards.append(learn(client, tokenizer, rollouts, "importance_sampling", options, compare))
         progress.set_postfix(reward=f"{rewards[-1]:.2f}")
     return rewards
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-@pytest.mark.parametrize(("program", "steps"), [("grpo.py", 15), ("grpo_async.py", 25)])
+@pytest.mark.parametrize(("program", "steps"), [("grpo.py", 15), ("grpo_async.py", 25), ("rloo.py", 15)])
 def test_the_mean_reward_rises(server: RunningServer, tmp_path: Path, program: str, steps: int) -> None:
     options = ["--base-url", server.url, "--model", "llama", "--steps", str(steps), "--max-tokens", "8"]
     done = subprocess.run(
