@@ -1,4 +1,8 @@
-"""One server for the tests of this directory: two tiny models, two ingress replicas, started as users do."""
+"""One server for the tests of this directory: two tiny models, two ingress replicas, started as users do.
+
+Its models have one rank, or as many as in the deployment file that TWINKLE_DEPLOYMENT names; the tests are
+the same. ``make test-2rank`` runs them all against deployments/local-2rank.yaml.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,20 @@ from typing import Any
 
 import pytest
 
+from twinkle_serve.config import load_config
 from twinkle_serve.testing.server import RunningServer, running_server
 
 PROGRAM = Path(__file__).parent / "sdk_program.py"
+
+
+def ranks_of(deployment: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the ranks of a mixture and of a dense model share it in a deployment file."""
+    if deployment is None:
+        return {}, {}
+    (model,) = load_config(deployment).models
+    shared = {"ranks": model.ranks, "sharding": model.sharding}
+    # A dense model has no experts to split.
+    return shared, shared | ({"sharding": "zero3"} if model.sharding == "expert_parallel" else {})
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +38,11 @@ def server(
 ) -> Iterator[RunningServer]:
     directory = tmp_path_factory.mktemp("a server")
     config = directory / "config.yaml"
-    models = [{"name": "moe", "path": str(tiny_moe)}, {"name": "llama", "path": str(tiny_llama)}]
+    moe, llama = ranks_of(os.environ.get("TWINKLE_DEPLOYMENT"))
+    models = [
+        {"name": "moe", "path": str(tiny_moe), **moe},
+        {"name": "llama", "path": str(tiny_llama), **llama},
+    ]
     tree = {
         "models": [model | {"num_threads": 1, "device": "cpu"} for model in models],
         "storage": {"root": str(directory / "store")},

@@ -20,7 +20,7 @@ from twinkle_serve.config import RayConfig
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_TMPDIR_BYTES = 20
-_SWITCHES = {
+SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Despite its name this is what makes Ray choose 127.0.0.1 for itself and bind nothing else.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -44,7 +44,7 @@ def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
 
     All processes below this one that the block started are gone afterwards.
     """
-    os.environ |= _SWITCHES
+    os.environ |= SWITCHES
     # Given in the environment, so that nothing is read from or written to the home directory.
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _adopt_orphans()
