@@ -159,28 +159,6 @@ async def test_a_full_journal_makes_room_for_itself():
 
 
 @virtual
-async def test_a_damaged_row_marks_its_run_and_no_other():
-    store = Store()
-    async with store.opened() as plane:
-        client = await Client(plane).open()
-        runs = [await client.create(n) for n in (0, 1)]
-        for run in runs:
-            await client.do(run, 1, pass_command("a"))
-            await client.do(run, 2, pass_command("b"))
-    history = store.journal.rows[runs[0]]
-    damaged = next(entry for entry in history.entries if entry.seq_id == 1)
-    history.entries.remove(damaged)
-    history.damaged.append(1)
-    async with store.opened() as plane:
-        client = again(client, plane)
-        assert (await plane.get_run(TENANT, runs[0]))["corrupted"] is True
-        failure = await client.failure(await client.submit(runs[0], 3, pass_command("c")))
-        assert "could not be recovered" in failure.message
-        assert (await plane.get_run(TENANT, runs[1]))["corrupted"] is False
-        assert await client.do(runs[1], 3, pass_command("c")) == ("create", "a", "b", "c")
-
-
-@virtual
 async def test_a_silent_session_frees_its_slots_and_comes_back():
     store = Store(snapshot_every_s=1e9)
     group = EchoGroup()

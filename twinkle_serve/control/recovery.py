@@ -19,7 +19,15 @@ from twinkle_serve.control.kept import UNBORN, Kept
 from twinkle_serve.control.log import CommandLog, Entry
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.work import Failure
-from twinkle_serve.storage.journal_rows import COMMAND, GAP, VOID, JournalEntry, RunHistory, StoredResult
+from twinkle_serve.storage.journal_rows import (
+    COMMAND,
+    GAP,
+    VOID,
+    DamagedEntry,
+    JournalEntry,
+    RunHistory,
+    StoredResult,
+)
 from twinkle_serve.storage.records import RunRecord, SamplerRecord
 
 logger = logging.getLogger(__name__)
@@ -101,7 +109,7 @@ async def _known(keeper: Keeper, kept: Kept) -> dict[int, RunEntry]:
     history = await keeper.journal.history(kept.run.run_id)
     found: dict[int, RunEntry] = {}
     for entry in history.entries:
-        if entry.kind == COMMAND and entry.seq_id not in history.damaged:
+        if entry.kind == COMMAND:
             found.setdefault(entry.seq_id, Entry(entry.seq_id, entry.request_id, _decoded(kept, entry)))
     return found
 
@@ -147,6 +155,7 @@ def _will_be_made(keeper: Keeper, record: SamplerRecord) -> bool:
 def restore(keeper: Keeper) -> list[Run]:
     """Take in what the journal remembers, before anything new comes. Returns the runs that came back."""
     histories = keeper.journal.histories()
+    _attribute(keeper, histories)
     _restore_results(keeper, histories)
     files = [sampler.record.sampler_id for sampler in keeper.books.samplers.with_snapshot()]
     keep = [keeper.sampler_file(sampler_id) for sampler_id in files]
@@ -161,6 +170,19 @@ def restore(keeper: Keeper) -> list[Run]:
             runs.append(run)
     keeper.files.sweep(keep)
     return runs
+
+
+def _attribute(keeper: Keeper, histories: dict[str, RunHistory]) -> None:
+    """An entry may be damaged in the very name of its run: it belongs to the one that is called almost so."""
+    known = [run_id for run_id in histories if keeper.books.runs.find(run_id) is not None]
+    for run_id, history in histories.items():
+        if history.damaged and run_id not in known:
+            for near in (each for each in known if _differ_in_one(each, run_id)):
+                histories[near].damaged += [DamagedEntry(request_id=d.request_id) for d in history.damaged]
+
+
+def _differ_in_one(one: str, other: str) -> bool:
+    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
 
 
 def has_work(run: Run) -> bool:
@@ -204,8 +226,10 @@ def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
     # Its unload is among the entries, or it would have been retired; until then it is alive.
     run.record = _alive(run.record)
     run.log = _replayed_log(keeper, kept, run.log, history)
-    if any(seq_id == UNBORN or seq_id > kept.covered for seq_id in history.damaged):
+    if any(_may_matter(damaged, history, kept.covered) for damaged in history.damaged):
         corrupt(keeper, run, "what it was asked to do is damaged in the journal")
+        for damaged in history.damaged:
+            _fail_damaged(keeper, run, damaged.request_id)
     if run.record.corrupted:
         run.down = _corrupted(run, "it is damaged")
         return
@@ -214,6 +238,26 @@ def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
     if kept.snapshots:
         run.down = None
         run.log.rewind([kept.restore_entry(keeper.files.path(kept.snapshots[0].file))])
+
+
+def _may_matter(damaged: DamagedEntry, history: RunHistory, covered: int) -> bool:
+    """Whether it may be one that no snapshot has. Its seq_id says so, if that can be trusted: it fits behind
+    the entry before it, or something that is covered came later."""
+    if damaged.seq_id is None or damaged.seq_id > covered:
+        return True
+    start = history.snapshots[-1].covered if history.snapshots else UNBORN
+    before = history.entries[damaged.after - 1].seq_id if damaged.after else start
+    fits = damaged.seq_id == before + 1
+    return not fits and all(entry.seq_id > covered for entry in history.entries[damaged.after :])
+
+
+def _fail_damaged(keeper: Keeper, run: Run, request_id: str) -> None:
+    """Whoever waits for it should read why."""
+    promises = keeper.books.promises
+    if request_id and not promises.is_pending(request_id) and promises.settled(request_id) is None:
+        promises.reopen(request_id, run.tenant, ("run", run.run_id, None))
+        assert run.down is not None
+        keeper.books.fail(request_id, run.down)
 
 
 def _replayed_log(

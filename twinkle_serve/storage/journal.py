@@ -27,6 +27,7 @@ from twinkle_serve.storage.journal_rows import (
     METADATA,
     RESULTS,
     SNAPSHOTS,
+    DamagedEntry,
     JournalEntry,
     RunHistory,
     StoredResult,
@@ -35,7 +36,7 @@ from twinkle_serve.storage.journal_rows import (
     row_of,
     run_ids,
 )
-from twinkle_serve.storage.wal import torn_tail
+from twinkle_serve.storage.wal import mend
 
 _log = logging.getLogger(__name__)
 _MAX_BATCH = 512
@@ -59,8 +60,8 @@ class Journal:
         """``url``: any SQLAlchemy URL; None means SQLite below ``root``. ``sync``: SQLite's synchronous."""
         Path(root).mkdir(parents=True, exist_ok=True)
         path = Path(root).absolute() / "journal.sqlite"
-        if url is None and (torn := torn_tail(path)):
-            _log.warning("%s: %s; everything before it is kept", path, torn)
+        if url is None and (problem := mend(path)):
+            _log.error("%s: %s; everything before it is kept", path, problem)
         self._engine = _open(url or f"sqlite:///{path}", sync)
         METADATA.create_all(self._engine)
         with self._engine.begin() as connection:
@@ -149,7 +150,7 @@ class Journal:
         try:
             return read(connection, run_id)[run_id]
         except sa.exc.DatabaseError:
-            return RunHistory(damaged=[-1])
+            return RunHistory(damaged=[DamagedEntry()])
 
     def history(self, run_id: str) -> asyncio.Future[RunHistory]:
         """One run's, with all that was asked for before."""
@@ -251,6 +252,8 @@ def _open(url: str, sync: str) -> sa.Engine:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(f"PRAGMA synchronous={sync}")
             connection.execute("PRAGMA busy_timeout=10000")
+            # Damaged text must not stop the reading of what is whole.
+            connection.text_factory = lambda text: text.decode(errors="replace")
 
     return engine
 

@@ -95,16 +95,24 @@ class StoredSnapshot:
     taken_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class DamagedEntry:
+    """An entry that is not what was written, and what its row says, which may be wrong: its seq_id (None: not
+    even that can be read) and its request. after: how many whole entries of the run came before it."""
+
+    seq_id: int | None = None
+    request_id: str = ""
+    after: int = 0
+
+
 @dataclass(slots=True)
 class RunHistory:
-    """What the journal knows of a run: entries in order of arrival, snapshots newest first. ``damaged``:
-    seq_ids of rows that are not what was written (their contents are left out), -1 if not even that
-    can be read."""
+    """What the journal knows of a run: entries in order of arrival, snapshots newest first."""
 
     entries: list[JournalEntry] = field(default_factory=list)
     snapshots: list[StoredSnapshot] = field(default_factory=list)
     results: list[StoredResult] = field(default_factory=list)
-    damaged: list[int] = field(default_factory=list)
+    damaged: list[DamagedEntry] = field(default_factory=list)
 
 
 def row_of(record: JournalEntry | StoredResult) -> dict[str, Any]:
@@ -151,8 +159,10 @@ def _take_in(histories: dict[str, RunHistory], kind: type[Any], row: Any) -> Non
     record = kind(**{name: getattr(row, name) for name in kind.__dataclass_fields__})
     history = histories[record.run_id]
     if row.digest != _digest(record):
-        _log.error("journal: the row of seq_id %s of run %s is damaged", record.seq_id, record.run_id)
-        history.damaged.append(record.seq_id)
+        what = "entry" if kind is JournalEntry else "result"
+        _log.error("journal: the %s of seq_id %s of run %s is damaged", what, record.seq_id, record.run_id)
+        if kind is JournalEntry:
+            history.damaged.append(DamagedEntry(record.seq_id, record.request_id, len(history.entries)))
     elif kind is JournalEntry:
         history.entries.append(record)
     else:
