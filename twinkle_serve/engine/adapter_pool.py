@@ -127,6 +127,12 @@ class AdapterPool:
     def _compute(self) -> torch.Tensor:
         return self._weights if self._dtype == torch.float32 else self._weights.to(self._dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole pool, which is made when the first adapter comes."""
+        width = 4 + (0 if self._dtype == torch.float32 else self._dtype.itemsize)
+        return self._num_rows * self._layout.row_size * width
+
     def put(self, state: AdapterState) -> Pooled:
         """Raises PoolFull, or ValueError for weights that no product may touch: a zero in another row's mask
         does not stop a NaN."""

@@ -25,6 +25,7 @@ from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import choose_device, load_base_model
 from twinkle_serve.engine.flops import with_speed
 from twinkle_serve.engine.graph_loss import try_graph
+from twinkle_serve.engine.memory import memory_of
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
 from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.pulse import PULSE
@@ -94,6 +95,8 @@ class Engine:
         self._adapters = SampleAdapters(self._shares, self._snapshots, pool)
         sampler = Sampler if self.ranks.size == 1 else SharedSampler
         self._sampler = sampler(self.base, self._adapters, config.sampler, directory)
+        used = ", ".join(f"{use} {size / 1e9:.3g} GB" for use, size in self.memory().items())
+        logger.info("rank %d of %s: %s", self.ranks.rank, config.name, used)
 
     @property
     def info(self) -> ModelInfo:
@@ -107,6 +110,10 @@ class Engine:
         with torch.no_grad():
             hidden = self.base.hidden_states(token_ids, positions, PackedCausal([2]))
         return bool(torch.isfinite(hidden).all())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank's device by use; see memory.memory_of. No rank asks another one."""
+        return memory_of(self.base, self.pool, self._adapters.pool, self._sampler.cache)
 
     def check_loss(self, graph: str) -> Failure | None:
         """What is wrong with an uploaded loss, tried on made-up data."""
@@ -256,11 +263,12 @@ class Engine:
         return self._shares.assemble(self.ranks.together(state))
 
     def _gauges(self) -> dict[str, float]:
-        """What all ranks hold together."""
+        """What all ranks hold together, and the memory of each: ``rank0/experts_bytes`` and so on."""
         totals: dict[str, float] = {}
-        for gauges in self.ranks.everyone(self._own_gauges()):
+        for rank, (gauges, memory) in enumerate(self.ranks.everyone((self._own_gauges(), self.memory()))):
             for name, value in gauges.items():
                 totals[name] = totals.get(name, 0.0) + value
+            totals.update({f"rank{rank}/{use}_bytes": float(size) for use, size in memory.items()})
         return totals
 
     def _own_gauges(self) -> dict[str, float]:

@@ -51,6 +51,13 @@ def packed(weight: torch.Tensor, expert: int = 0) -> Packed | None:
     return None if found is None else found[expert]
 
 
+def packed_bytes(weight: torch.Tensor) -> int:
+    """What a weight's second layouts take."""
+    found: list[Packed] = getattr(weight, _ATTRIBUTE, [])
+    # oneDNN's own layouts do not tell their size; they hold the same numbers, twice.
+    return 2 * weight.nbytes if found else 0
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + bias, ``[..., in]`` -> ``[..., out]``. Without gradients."""
     own = packed(weight)

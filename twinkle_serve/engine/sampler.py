@@ -71,6 +71,10 @@ class Sampler:
         return len(self._waiting) + len(self._running)
 
     @property
+    def cache(self) -> KVCache:
+        return self._cache
+
+    @property
     def num_blocks(self) -> int:
         return self._cache.num_blocks
 

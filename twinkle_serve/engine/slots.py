@@ -193,6 +193,11 @@ class SlotPool:
     def num_slots(self) -> int:
         return len(self._adapters)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights, and of their copy in the base model's type if that is another one."""
+        return self.weights.nbytes + (0 if self._compute is self.weights else self._compute.nbytes)
+
     def is_occupied(self, slot: int) -> bool:
         return self._adapters[slot] is not None
 

@@ -95,7 +95,7 @@ def _serve(place: RankPlace, pipe: Connection) -> None:
         try:
             task, arguments = pipe.recv()
         except (EOFError, OSError):
-            return
+            os._exit(0)  # an ordinary exit would wait for peers that are leaving as well
         try:
             answer = (True, task(place, *arguments))
         except Exception:

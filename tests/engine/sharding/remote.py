@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.engine.slots import AdapterState
+from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import Tick
 
 _engines: dict[str, Engine] = {}
@@ -31,14 +30,22 @@ def empty(engine: Engine) -> None:
         engine.pool.free(slot)
 
 
-def run_ticks(
-    place: RankPlace, config: ModelConfig, ticks: Sequence[Tick], fresh: bool = True
-) -> list[list[Any]]:
-    """Each tick's items. fresh: from empty slots."""
-    engine = engine_of(place, config)
-    if fresh:
-        empty(engine)
-    return [list(engine.run(tick)) for tick in ticks]
+def close_all(place: RankPlace) -> None:
+    for engine in _engines.values():
+        engine.close()
+
+
+def start_afresh(place: RankPlace, config: ModelConfig) -> None:
+    """Empty slots, nothing paged out."""
+    empty(engine_of(place, config))
+
+
+def run_tick(place: RankPlace, config: ModelConfig, tick: Tick) -> list[Any]:
+    return list(engine_of(place, config).run(tick))
+
+
+def memory(place: RankPlace, config: ModelConfig) -> dict[str, int]:
+    return engine_of(place, config).memory()
 
 
 def whole_state(place: RankPlace, config: ModelConfig, slot: int) -> AdapterState | None:
@@ -64,11 +71,31 @@ def move(engine: Engine, slot: int, seed: int) -> None:
             drawn = torch.randn(b_t.shape, generator=generator) * 0.05
             if a.any():
                 b_t.copy_(drawn)
-        whole = replace(whole)
     state = engine.base.shares.distribute(whole)
     engine.pool.free(slot)
     engine.pool.put(slot, state)
 
 
-def call(place: RankPlace, config: ModelConfig, action: Callable[[Engine], Any]) -> Any:
-    return action(engine_of(place, config))
+def create(place: RankPlace, config: ModelConfig, slot: int, spec: LoraSpec) -> None:
+    engine_of(place, config).pool.create(slot, spec)
+
+
+def fail_once(
+    place: RankPlace, config: ModelConfig, rank: int, rows: int, error: Exception, direction: str
+) -> None:
+    """Let ``rank`` fail in the middle of its next pass with at least ``rows`` rows, between collectives. In
+    the backward pass: as a layer is computed again from its checkpoint."""
+    engine = engine_of(place, config)
+    if place.rank != rank:
+        return
+    layer = engine.base.model.base_model.layers[1].mlp
+    seen = []
+
+    def hook(module: Any, inputs: Any) -> None:
+        if inputs[0].shape[-2] >= rows:
+            seen.append(True)
+            if len(seen) == (2 if direction == "backward" else 1):
+                handle.remove()
+                raise error
+
+    handle = layer.register_forward_pre_hook(hook)

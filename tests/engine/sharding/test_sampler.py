@@ -1,0 +1,171 @@
+"""Two ranks sample what one does: the same tokens, whichever rank decodes a request, whoever is beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.sharding import remote
+from tests.engine.sharding.compare import Both, passes
+from tests.engine.sharding.conftest import BothFactory
+from tests.engine.sharding.test_saving import on_crew
+from tests.engine.sharding.test_training import SPECS, ways, work
+from tests.engine.ticks import make_sample
+from twinkle_serve.config import SamplerConfig
+from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.protocol.work import (
+    AdapterRef,
+    Outcome,
+    Progress,
+    Sample,
+    SaveAdapter,
+    Snapshot,
+    Tick,
+    TickReport,
+)
+
+
+def snapshots(pair: Both) -> list[AdapterRef | None]:
+    """Three tenants' adapters, and the base model alone."""
+    pair.create(SPECS)
+    pair.run(snapshots=tuple(Snapshot(f"s{i}", i, f"snap{i}") for i in range(len(SPECS))))
+    return [None, *(AdapterRef(f"snap{i}") for i in range(len(SPECS)))]
+
+
+def requests(refs: list[AdapterRef | None], count: int) -> tuple[Sample, ...]:
+    return tuple(
+        make_sample(
+            f"x{i}",
+            [i + 1, 2, 3 + i, *range(20, 20 + 5 * (i % 4))],
+            refs[i % len(refs)],
+            max_tokens=3 + 2 * i,
+            seed=i,
+            num_samples=1 + i % 3,
+            topk_sample_logprobs=2 * (i % 2),
+            prompt_logprobs=i % 2 == 0,
+            temperature=[1.0, 0.0, 0.7][i % 3],
+        )
+        for i in range(count)
+    )
+
+
+@ways
+def test_mixed_adapters_give_the_same_tokens(both: BothFactory, sharding: str) -> None:
+    pair = both(sharding)
+    pair.run(samples=requests(snapshots(pair), 9), decode_budget_s=120.0)
+
+
+def test_training_goes_on_beside_samples(both: BothFactory) -> None:
+    """A few steps of decoding in each tick: the snapshots stay what they were."""
+    pair = both("expert_parallel")
+    samples = requests(snapshots(pair), 5)
+    found: dict[str, Outcome] = {}
+    ticks = [Tick(1, samples=samples, decode_budget_s=1e-9)] + [Tick(2, decode_budget_s=1e-9)] * 60
+    fields = passes(work(1, [[9, 2], [5, 4], [7]]))
+    ticks[2:4] = [Tick(3, decode_budget_s=1e-9, **fields)] * 2
+    report = None
+    for tick in ticks:
+        items, _ = pair.crew.run(remote.run_tick, pair.config, tick)
+        found |= {item.request_id: item for item in items if isinstance(item, Outcome)}
+        report = items[-1]
+    assert isinstance(report, TickReport)
+    assert report.active_samples == 0
+    alone = {
+        o.request_id: o
+        for o in pair.one.run(Tick(1, samples=samples, decode_budget_s=60.0))
+        if isinstance(o, Outcome)
+    }
+    for name, outcome in alone.items():
+        for mine, its in zip(found[name].value.sequences, outcome.value.sequences, strict=True):
+            assert mine.tokens.tolist() == its.tokens.tolist()
+
+
+def test_a_cache_that_is_too_small_for_all_pauses_some(both: BothFactory) -> None:
+    pair = both("expert_parallel", sampler=SamplerConfig(kv_cache_tokens=256, max_batch=6, adapter_slots=2))
+    samples = tuple(
+        make_sample(f"x{i}", list(range(30 + i)), ref, max_tokens=40, seed=i, num_samples=2)
+        for i, ref in enumerate(snapshots(pair) * 2)
+    )
+    pair.run(samples=samples, decode_budget_s=120.0)
+    report = pair.crew.run(remote.run_tick, pair.config, Tick(1))[0][-1]
+    assert report.gauges["kv_blocks_free"] == report.gauges["kv_blocks"]
+
+
+def test_more_adapters_than_the_pool_holds_wait(both: BothFactory) -> None:
+    pair = both("expert_parallel", max_rank=8, sampler=SamplerConfig(adapter_slots=1))
+    specs = [LoraSpec(8, seed) for seed in range(3)]
+    pair.create(specs)
+    pair.run(snapshots=tuple(Snapshot(f"s{i}", i, f"full{i}") for i in range(3)))
+    samples = tuple(
+        make_sample(f"x{i}", [1, 2, i], AdapterRef(f"full{i % 3}"), max_tokens=4 + i, seed=i)
+        for i in range(7)
+    )
+    pair.run(samples=samples, decode_budget_s=120.0)
+
+
+def test_a_cancelled_sample_leaves_nothing_behind(both: BothFactory) -> None:
+    pair = both("expert_parallel")
+    refs = snapshots(pair)
+    on_crew(pair, samples=requests(refs, 4), decode_budget_s=1e-9)
+    on_crew(pair, cancels=("x0", "x1", "x2", "x3", "never"), decode_budget_s=1e-9)
+    report = pair.crew.run(remote.run_tick, pair.config, Tick(1, drop_snapshots=("snap0",)))[0][-1]
+    assert report.active_samples == 0
+    assert report.gauges["kv_blocks_free"] == report.gauges["kv_blocks"]
+    pair.run(samples=requests(refs, 1), decode_budget_s=60.0)
+
+
+def test_what_cannot_be_sampled_is_refused(both: BothFactory) -> None:
+    pair = both("expert_parallel")
+    samples = (
+        make_sample("gone", [1], AdapterRef("never"), max_tokens=3),
+        make_sample("lost", [1], AdapterRef("dir", "/nowhere"), max_tokens=3),
+        make_sample("long", list(range(300)) * 20, max_tokens=3),
+        make_sample("fine", [1, 2], max_tokens=3, seed=1),
+    )
+    pair.run(samples=samples, decode_budget_s=60.0)
+
+
+@ways
+def test_from_a_checkpoint_on_disk(both: BothFactory, sharding: str, tmp_path: Path) -> None:
+    pair = both(sharding)
+    pair.create(SPECS)
+    saves = tuple(SaveAdapter(f"s{i}", i, str(tmp_path / f"{i}"), False, {}) for i in range(len(SPECS)))
+    on_crew(pair, saves=saves)
+    refs: list[AdapterRef | None] = [
+        AdapterRef(f"disk{sharding}{i}", str(tmp_path / f"{i}")) for i in range(3)
+    ]
+    pair.run(samples=requests(refs, 4), decode_budget_s=60.0)
+
+
+def test_a_stream_tells_all_of_it(both: BothFactory) -> None:
+    pair = both("expert_parallel")
+    samples = [make_sample(f"x{i}", [1, i], max_tokens=30, seed=i) for i in range(2)]
+    streamed = tuple(Sample(s.request_id, s.tenant, s.adapter, s.request, stream=True) for s in samples)
+    items = pair.crew.run(remote.run_tick, pair.config, Tick(1, samples=streamed, decode_budget_s=60.0))[0]
+    told = {name: [] for name in ("x0", "x1")}
+    for item in items:
+        if isinstance(item, Progress):
+            told[item.request_id] += [t for delta in item.deltas for t in delta.tokens.tolist()]
+    for item in items:
+        if isinstance(item, Outcome):
+            tokens = item.value.sequences[0].tokens.tolist()
+            assert told[item.request_id] == tokens[: len(told[item.request_id])]
+
+
+def test_an_error_on_one_rank_ends_only_its_own_requests(both: BothFactory) -> None:
+    pair = both("expert_parallel")
+    samples = tuple(make_sample(f"x{i}", [1, 2, i], max_tokens=6, seed=i) for i in range(2))
+    pair.crew.run(remote.fail_once, pair.config, 1, 1, RuntimeError("planted"), "forward")
+    found = on_crew(pair, samples=samples, decode_budget_s=60.0)
+    failed = [name for name, outcome in found.items() if outcome.failure is not None]
+    assert len(failed) == 1
+    pair.run(samples=samples, decode_budget_s=60.0)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0])
+def test_without_a_budget_nothing_is_decoded(both: BothFactory, budget: float) -> None:
+    pair = both("expert_parallel")
+    samples = (make_sample("x", [1, 2], max_tokens=3, seed=1),)
+    assert pair.run(samples=samples, decode_budget_s=budget) == {}
+    assert set(pair.run(decode_budget_s=60.0)) == {"x"}
