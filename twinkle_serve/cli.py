@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     command("up", up, "Run the service in the foreground until Ctrl-C or SIGTERM.")
     command("check-config", check_config, "Say whether a configuration is right.")
     command("plan", plan, "Compute the memory of each rank, without loading, and refuse what cannot fit.")
+    command("doctor", doctor, "Look at ports, disk, GPUs, versions and model files before anything starts.")
     printing = command("print-config", print_config, "Print the configuration with overrides applied.")
     printing.add_argument("--serve", action="store_true", help="in the form that `serve deploy` takes")
     keys = command("keys", keys_command, "Give out, list, rotate and revoke API keys (auth.mode keys).")
@@ -111,6 +112,19 @@ def plan(config: Config, options: argparse.Namespace) -> None:
             refused.append(verdict(budget))
     if refused:
         raise CommandError("; ".join(refused))
+
+
+def doctor(config: Config, options: argparse.Namespace) -> None:
+    """A line for each finding; an error if one of them is bad."""
+    from twinkle_serve.doctor import examine, verdict
+
+    findings = []
+    for finding in examine(config):
+        print(finding, flush=True)
+        findings.append(finding)
+    problem = verdict(findings)
+    if problem is not None:
+        raise CommandError(problem)
 
 
 def print_config(config: Config, options: argparse.Namespace) -> None:

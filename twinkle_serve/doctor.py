@@ -1,0 +1,270 @@
+"""Looks at this machine with the eyes of a configuration: what will go wrong at the start, and what later.
+
+Knows ports, disks, devices, versions and model files. Starts and changes nothing, and imports neither torch
+nor ray. How much memory a model takes is `plan`'s to say.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from twinkle_serve.config import Config, ModelConfig
+
+_MIN_FREE_BYTES = 2**30
+_MIN_SHARED_BYTES = 2**30
+_MIN_OPEN_FILES = 4096
+_DISTRIBUTION = "twinkle-serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """level: "ok", "warn" (it may do) or "bad" (it will not)."""
+
+    level: str
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<5}{self.what:<10}{self.text}"
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """All findings, in the order in which things would fail."""
+    checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
+        _python,
+        _packages,
+        _ports,
+        _disk,
+        _databases,
+        _machine,
+        _devices,
+        _models,
+    )
+    for check in checks:
+        yield from check(config)
+
+
+def _python(config: Config) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Finding(
+        "ok" if sys.version_info >= (3, 11) else "bad", "python", f"{version}; 3.11 or newer is needed"
+    )
+
+
+def _packages(config: Config) -> Iterator[Finding]:
+    extras = ["sharding"] if any(model.ranks > 1 for model in config.models) else []
+    extras += ["otel"] if config.monitoring.otlp_endpoint else []
+    shown = []
+    for text in metadata.requires(_DISTRIBUTION) or []:
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in ["", *extras]):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("bad", "packages", f"{requirement.name} is not installed; {text} is needed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield Finding("bad", "packages", f"{requirement.name} {version} is installed; {text} is needed")
+        if requirement.name in ("ray", "torch", "transformers", "deepspeed"):
+            shown.append(f"{requirement.name} {version}")
+    yield Finding("ok", "packages", ", ".join(shown))
+
+
+def _ports(config: Config) -> Iterator[Finding]:
+    yield _port("http.port", config.http.host, config.http.port)
+    if config.ray.dashboard:
+        yield _port("ray.dashboard_port", "127.0.0.1", config.ray.dashboard_port)
+    if config.ray.metrics_port is not None:
+        yield _port("ray.metrics_port", "127.0.0.1", config.ray.metrics_port)
+
+
+def _port(name: str, host: str, port: int) -> Finding:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return Finding("bad", "ports", f"{name} {port} on {host} cannot be used: {error.strerror}")
+    return Finding("ok", "ports", f"{name} {port} on {host} is free")
+
+
+def _disk(config: Config) -> Iterator[Finding]:
+    root = config.storage.root
+    existing = next(parent for parent in [root, *root.parents] if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        yield Finding("bad", "disk", f"storage.root {root} cannot be written: {error.strerror}")
+        return
+    free = shutil.disk_usage(existing).free
+    pages = sum(model.disk_page_bytes for model in config.models)
+    wanted = pages + config.storage.journal_max_bytes
+    text = f"{_gb(free)} free below storage.root {root}"
+    if free < _MIN_FREE_BYTES:
+        yield Finding("bad", "disk", f"{text}; at least {_gb(_MIN_FREE_BYTES)} are needed")
+    elif free < wanted:
+        limits = "disk_page_bytes and journal_max_bytes"
+        yield Finding("warn", "disk", f"{text}; {limits} allow {_gb(wanted)}, checkpoints not counted")
+    else:
+        yield Finding("ok", "disk", text)
+
+
+def _databases(config: Config) -> Iterator[Finding]:
+    for name in ("catalog_url", "journal_url"):
+        url = getattr(config.storage, name)
+        if url is not None:
+            yield _database(f"storage.{name}", url)
+
+
+def _database(name: str, url: str) -> Finding:
+    import sqlalchemy as sa
+
+    try:
+        engine = sa.create_engine(url)
+        with engine.connect():
+            pass
+        engine.dispose()
+    except Exception as error:  # each driver has errors of its own
+        reason = str(error).splitlines()[0]
+        return Finding("bad", "database", f"{name} cannot be opened: {type(error).__name__}: {reason}")
+    return Finding("ok", "database", f"{name} can be opened")
+
+
+def _machine(config: Config) -> Iterator[Finding]:
+    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").exists() else 0
+    text = f"{_gb(shared)} of shared memory in /dev/shm"
+    if shared < _MIN_SHARED_BYTES:
+        yield Finding("warn", "memory", f"{text}: Ray will use the disk (docker: --shm-size)")
+    else:
+        yield Finding("ok", "memory", text)
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < _MIN_OPEN_FILES:
+        advice = f"each waiting client holds one; raise it with `ulimit -n {_MIN_OPEN_FILES}` (limit {most})"
+        yield Finding("warn", "files", f"{files} open files allowed: {advice}")
+    else:
+        yield Finding("ok", "files", f"{files} open files allowed")
+
+
+def _devices(config: Config) -> Iterator[Finding]:
+    gpus = gpu_names()
+    for name in gpus:
+        yield Finding("ok", "gpus", name)
+    needed = sum(model.ranks for model in config.models if model.device == "cuda")
+    if needed > len(gpus):
+        text = f"{needed} ranks have device: cuda, but this machine has {len(gpus)} GPUs"
+        yield Finding("warn", "gpus", f"{text}: the cluster's other nodes must have the rest")
+    elif not gpus:
+        yield Finding("ok", "gpus", "none; models run on the CPU in float32")
+
+
+def gpu_names() -> list[str]:
+    """Each GPU's name and memory, as the driver tells it; none without a driver."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _models(config: Config) -> Iterator[Finding]:
+    for model in config.models:
+        if "://" in model.path:
+            text = f"{model.name}: {model.path} is fetched from ModelScope at the first start"
+            missing = util.find_spec("modelscope") is None
+            yield Finding("bad" if missing else "ok", "model", text)
+        else:
+            yield from _model(model, Path(model.path))
+
+
+def _model(model: ModelConfig, directory: Path) -> Iterator[Finding]:
+    if not directory.is_dir():
+        yield Finding("bad", "model", f"{model.name}: {directory} is not a directory")
+        return
+    problems = [*_config_problems(directory), *_weight_problems(directory)]
+    for problem in problems:
+        yield Finding("bad", "model", f"{model.name}: {problem}")
+    if not (directory / "tokenizer.json").is_file():
+        text = "no tokenizer.json: clients cannot get_tokenizer(), and /v1 cannot take text"
+        yield Finding("warn", "model", f"{model.name}: {text}")
+    if not problems:
+        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        yield Finding("ok", "model", f"{model.name}: {_gb(size)} of weights in {directory}, all whole")
+
+
+def _config_problems(directory: Path) -> Iterator[str]:
+    try:
+        tree = json.loads((directory / "config.json").read_text())
+        if not tree.get("architectures"):
+            yield "config.json names no architecture"
+    except OSError:
+        yield "there is no config.json"
+    except (ValueError, AttributeError):
+        yield "config.json is not a JSON object"
+
+
+def _weight_problems(directory: Path) -> Iterator[str]:
+    """A download that was cut off is found here rather than after minutes of loading."""
+    names = {file.name for file in directory.glob("*.safetensors")}
+    index = directory / "model.safetensors.index.json"
+    wanted = names
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            yield f"{index.name} cannot be read"
+            return
+    if not wanted:
+        yield "there are no *.safetensors files"
+    for name in sorted(wanted):
+        if name not in names:
+            yield f"{name} is missing"
+        elif (problem := _file_problem(directory / name)) is not None:
+            yield f"{name} {problem}"
+
+
+def _file_problem(file: Path) -> str | None:
+    """What is wrong with a safetensors file, told from its header and its length."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            return "is not a whole safetensors file"
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "has a damaged header"
+    expected = 8 + length + max(ends, default=0)
+    return None if size == expected else f"has {size} bytes instead of {expected}: fetch it again"
+
+
+def _gb(amount: float) -> str:
+    return f"{amount / 1e9:.3g} GB"
+
+
+def verdict(findings: list[Finding]) -> str | None:
+    """One line about what is bad, or None."""
+    bad = [finding for finding in findings if finding.level == "bad"]
+    if not bad:
+        return None
+    return f"{len(bad)} problem{'s' if len(bad) > 1 else ''}; the service would not start"
