@@ -34,6 +34,9 @@ SWITCHES = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    # While a model loads the machine is busy; Serve would take its proxy for dead and start it over and over.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "45",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "45",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "twinkle_serve.cluster.proxy_hook:middlewares",
 }
 
