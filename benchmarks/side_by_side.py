@@ -78,7 +78,7 @@ def throughput(
 ) -> None:
     """Each client keeps two steps in flight."""
     for count in counts:
-        steps = {"twinkle": 2, "ours": 2 if budget.quick else 8}
+        steps = {"twinkle": 2 if budget.quick else 4, "ours": 2 if budget.quick else 12}
         arms: dict[str, Callable[[], Any]] = {
             side: lambda c=clients, k=clock, n=steps[side], m=count: _measured(c, k, m, n, 2)
             for side, (clients, clock) in sides.items()

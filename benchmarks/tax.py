@@ -8,6 +8,7 @@ take their turns in one run.
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.clients import Clients, clients_of
+from benchmarks import haproxy
+from benchmarks.clients import ClientError, Clients, clients_of
 from benchmarks.engine import MICROBATCH_TOKENS, Tenants
 from benchmarks.measure import Budget, in_turn, quantile, ratio
 from benchmarks.services import MODEL, Service, our_server
@@ -81,6 +83,7 @@ def run(rows: Rows, budget: Budget, models: Path) -> None:
         throughput(rows, budget, bare, clients, server)
         added_latency(rows, budget, bare, clients, "Serve's own proxy", ADDED_MS)
         births(rows, budget, clients)
+    with_haproxy(rows, budget, directory, bare)
 
 
 def throughput(rows: Rows, budget: Budget, bare: Bare, clients: Clients, server: Service) -> None:
@@ -147,6 +150,25 @@ def added_latency(
                 "operations": len(waiting),
             },
         )
+
+
+def with_haproxy(rows: Rows, budget: Budget, directory: Path, bare: Bare) -> None:
+    """The same latency with HAProxy in the place of Serve's own proxy; a row says so if it does not run
+    here."""
+    proxy = "HAProxy"
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        try:
+            variables = haproxy.environment(Path(name))
+            with (
+                our_server(directory, environment=variables) as server,
+                clients_of(server.url, MODEL, log=server.scratch / "client") as clients,
+            ):
+                clients.open(1)
+                clients.train([0], tokens=512, depth=2, steps=2 if budget.quick else 20)
+                added_latency(rows, budget, bare, clients, proxy, "<= 10", seconds=0.1)
+        except (haproxy.NoHaproxy, ClientError, RuntimeError) as error:
+            last = str(error).strip().splitlines()[-1]
+            rows.skip(f"an operation adds to its compute, p50, {proxy}", f"does not run here: {last}"[:300])
 
 
 def births(rows: Rows, budget: Budget, clients: Clients) -> None:
