@@ -45,6 +45,10 @@ class ModelScopeConfig(Strict):
     grace_s: float = Field(
         3600.0, ge=0, description="how long one is still believed while ModelScope is away, seconds"
     )
+    push_published: bool = Field(
+        True, description="publishing a checkpoint also pushes its adapter to a repository of its owner"
+    )
+    push_visibility: Literal["private", "public"] = Field("private", description="of such a repository")
 
 
 class AuthConfig(Strict):

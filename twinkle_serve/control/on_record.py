@@ -78,8 +78,8 @@ class OnRecord:
         except UserError as error:
             raise Invalid(str(error)) from None
 
-    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, str]:
-        record = self._books.checkpoints.find(tenant, path)
+    async def checkpoint_files(self, tenant: str, path: str, owned: bool = False) -> Mapping[str, str]:
+        record = self._owned(tenant, path) if owned else self._books.checkpoints.find(tenant, path)
         self._books.usage.checkpoint("read", record, by=tenant)
         return self._books.checkpoints.files(record)
 

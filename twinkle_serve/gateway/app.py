@@ -36,6 +36,7 @@ from twinkle_serve.gateway.insights import router as insights
 from twinkle_serve.gateway.links import Links
 from twinkle_serve.gateway.observing import Observed
 from twinkle_serve.gateway.openai.app import create_openai_app
+from twinkle_serve.gateway.publishing import create_publisher
 from twinkle_serve.hub.losses import spec_of
 
 PREFIX = "/api/v1"
@@ -65,6 +66,7 @@ def create_app(
         identity=identity or create_identity(config),
         links=Links(signing_secret or secrets.token_bytes(32)),
         resolve=resolve,
+        publisher=create_publisher(config),
         whitelist={loss.name: spec_of(loss) for loss in config.losses.whitelist},
     )
     app.state.gateway = gateway

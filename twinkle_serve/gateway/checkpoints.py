@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from twinkle_serve.gateway.context import Authenticated
 from twinkle_serve.gateway.http import describes, no_content
+from twinkle_serve.gateway.identity import api_key
 from twinkle_serve.protocol.paths import parse_path
 from twinkle_serve.protocol.requests import SetTtl, read
 
@@ -36,7 +37,13 @@ async def delete(call: Authenticated, path: CheckpointUrl) -> Response:
 
 
 @router.post("/publish")
-async def publish(call: Authenticated, path: CheckpointUrl) -> Response:
+async def publish(call: Authenticated, path: CheckpointUrl, request: Request) -> Response:
+    """With ModelScope tokens the adapter is also pushed to a repository of its owner, before anybody may
+    read it here."""
+    publisher, key = call.gateway.publisher, api_key(request.headers)
+    if publisher is not None and key is not None:
+        files = await call.backend.checkpoint_files(call.tenant, path, True)
+        await publisher.push(call.tenant, key, path, files)
     await call.backend.publish_checkpoint(call.tenant, path, True)
     return no_content()
 

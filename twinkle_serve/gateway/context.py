@@ -18,6 +18,7 @@ from twinkle_serve.gateway.doors import Doors, Visit
 from twinkle_serve.gateway.http import expected_bytes, read_body
 from twinkle_serve.gateway.identity import Identity
 from twinkle_serve.gateway.links import Links
+from twinkle_serve.gateway.publishing import Publisher
 from twinkle_serve.protocol.batch import DatumLimits
 from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.losses import LossSpec
@@ -49,6 +50,7 @@ class Gateway:
     # Nor does an uploaded loss.
     losses: dict[tuple[str, str], str] = field(default_factory=dict)
     doors: Doors = field(default_factory=Doors)
+    publisher: Publisher | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,112 @@
+"""Publishing with ModelScope tokens: through a process of its own, against a stand-in of the site."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.world import API, Tenant, World, world
+from tests.hub.site import MARKER, Site, running_site
+from twinkle_serve.gateway.publishing import _MAX_NAME, repository_name
+from twinkle_serve.storage.checkpoints import write_checkpoint
+
+TOKEN, OTHER = "ms-canary-0123456789", "ms-other-0123456789"
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 40}
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with running_site({TOKEN: "alice", OTHER: "bob"}, members=("alice", "bob")) as site:
+        yield site
+
+
+def auth(site: Site, **fields: Any) -> dict[str, Any]:
+    return {"mode": "modelscope", "modelscope": {"endpoint": site.url, "marker_repo": MARKER, **fields}}
+
+
+async def owner_with_adapter(here: World) -> tuple[Tenant, str]:
+    """A tenant whose checkpoint has the files of a real one, and its URL."""
+    owner = await here.tenant(f"tml-{TOKEN}").settle()
+    base = f"training_runs/{owner.objects['run']}/checkpoints/weights/a"
+    record = here.plane._books.checkpoints.at((owner.objects["run"], "weights", "a"))
+    assert record is not None
+    content = {**FILES, "optimizer.safetensors": b"moments"}
+    write_checkpoint(record.directory, content, {})
+    return owner, f"{API}/{base}"
+
+
+async def test_a_published_adapter_is_in_a_private_repository_of_its_owner(
+    tmp_path: Path, site: Site
+) -> None:
+    async with world(tmp_path, auth=auth(site)) as here:
+        owner, base = await owner_with_adapter(here)
+        homes = {path: path.stat().st_mtime_ns for path in Path.home().glob(".modelscope*/**/*")}
+        answer = await owner.request("POST", f"{base}/publish")
+        assert answer.status_code == 204, answer.text
+        (name,) = site.repositories
+        assert name.startswith("alice/session-")
+        assert site.repositories[name] == FILES, "the adapter, and not the optimizer's state"
+        assert site.visibility[name] == 1, "private"
+        assert {token for path, token in site.seen if "repos" in path} == {TOKEN}
+        # Asked again, by this replica or another: nothing to do.
+        assert (await owner.request("POST", f"{base}/publish")).status_code == 204
+        assert site.commits == 1
+        assert {path: path.stat().st_mtime_ns for path in Path.home().glob(".modelscope*/**/*")} == homes
+        stored = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+        assert stored
+        assert not any(TOKEN.encode() in content for content in stored)
+        assert TOKEN not in Path(f"/proc/{os.getpid()}/environ").read_text(errors="replace")
+
+
+async def test_only_the_owner_publishes_and_nothing_is_pushed_for_others(tmp_path: Path, site: Site) -> None:
+    async with world(tmp_path, auth=auth(site)) as here:
+        _, base = await owner_with_adapter(here)
+        stranger = here.tenant(f"tml-{OTHER}")
+        assert (await stranger.request("POST", f"{base}/publish")).status_code == 404
+        assert site.repositories == {}
+
+
+async def test_a_refused_push_publishes_nothing(tmp_path: Path, site: Site) -> None:
+    async with world(tmp_path, auth=auth(site)) as here:
+        owner, base = await owner_with_adapter(here)
+        site.users[TOKEN] = "mallory"  # the namespace is another one by the time of the push
+        site.repositories["mallory/x"] = {}
+        site.broken = True
+        answer = await owner.request("POST", f"{base}/publish")
+        assert answer.status_code == 503
+        assert TOKEN not in answer.text
+        info = await owner.request("GET", f"{API}/checkpoints")
+        assert not any(item["public"] for item in info.json()["checkpoints"])
+
+
+async def test_a_client_that_cannot_wait_comes_again(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twinkle_serve.gateway.publishing._WAIT_S", 0.0)
+    async with world(tmp_path, auth=auth(site)) as here:
+        owner, base = await owner_with_adapter(here)
+        statuses = [(await owner.request("POST", f"{base}/publish")).status_code]
+        assert statuses == [429]
+        monkeypatch.setattr("twinkle_serve.gateway.publishing._WAIT_S", 60.0)
+        answers = await asyncio.gather(*(owner.request("POST", f"{base}/publish") for _ in range(3)))
+        assert [answer.status_code for answer in answers] == [204] * 3
+        assert site.commits == 1
+
+
+async def test_it_can_be_switched_off(tmp_path: Path, site: Site) -> None:
+    async with world(tmp_path, auth=auth(site, push_published=False)) as here:
+        owner, base = await owner_with_adapter(here)
+        assert (await owner.request("POST", f"{base}/publish")).status_code == 204
+        assert site.repositories == {}
+
+
+def test_names_of_repositories_differ_where_paths_do() -> None:
+    assert repository_name("tinker://s:train:0/weights/a") == "s-train-0-weights-a"
+    long = [repository_name(f"tinker://s:train:0/weights/{'x' * 120}{n}") for n in range(2)]
+    assert long[0] != long[1]
+    assert max(map(len, long)) <= _MAX_NAME
