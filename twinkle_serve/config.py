@@ -136,6 +136,9 @@ class ModelConfig(Strict):
     name: str = Field(min_length=1, description="what clients pass as base_model")
     path: str = Field(min_length=1, description="local directory, or ms://owner/model on ModelScope")
     revision: str | None = Field(None, description="pinned hub revision")
+    checksums: bool = Field(
+        False, description="before loading, compare the weight files with SHA256SUMS in their directory"
+    )
     ranks: int = Field(1, ge=1, le=1024, description="processes that share the base model")
     groups: int = Field(
         1, ge=1, le=1024, description="groups of ranks, each with the whole model; a run lives in one of them"

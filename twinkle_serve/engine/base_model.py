@@ -33,6 +33,7 @@ from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.packing import make_segments
 from twinkle_serve.engine.pulse import listen
 from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
+from twinkle_serve.engine.sharding.files import WeightFiles, has_weights
 from twinkle_serve.engine.sharding.loading import is_fused_experts, whole_shape
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.engine.sharding.shares import Shares
@@ -164,8 +165,13 @@ def load_base_model(config: ModelConfig, directory: Path, ranks: Ranks | None = 
     if device.type == "cuda":
         _set_precision(config, dtype)
     model_config = _read_config(directory)
+    if ranks.size > 1 or has_weights(directory):
+        files = WeightFiles(directory)  # says in a moment what loading would stumble over in minutes
+        if config.checksums:
+            files.verify(ranks.rank, ranks.size)
     sharding = _sharding(config, ranks, device)
     model = sharding.load(config, model_config, directory, device, dtype)
+    ranks.wait_for_all(config.load_deadline_s)
     probe = _probe_tokens(model)
     expected = sharding.reference_logits(model, probe)
     base = prepare(model, config, directory, device, dtype, sharding)

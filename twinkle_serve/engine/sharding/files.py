@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "SHA256SUMS"
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there are weight files of the kind that can be read in parts."""
+    return (directory / INDEX).is_file() or (directory / SINGLE).is_file()
+
+
 class DamagedModel(OSError):
     """A weight file is missing, cut short or changed; the message names it."""
 
@@ -53,8 +58,9 @@ class WeightFiles:
         """A tensor, or rows ``first:end`` of it; nothing else is read from disk."""
         return self._file_of[name].get_slice(name)[first:end]
 
-    def verify(self) -> None:
-        """Compare every weight file with ``SHA256SUMS`` in the directory, as ``sha256sum`` writes it.
+    def verify(self, rank: int = 0, size: int = 1) -> None:
+        """Compare the weight files with ``SHA256SUMS`` in the directory, as ``sha256sum`` writes it; each of
+        ``size`` ranks a part of them.
 
         Raises DamagedModel, also if there is no such file or it does not list a weight file.
         """
@@ -63,7 +69,7 @@ class WeightFiles:
             raise DamagedModel(f"{path} is missing; write it with: sha256sum *.safetensors > {CHECKSUMS}")
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
         wanted = {name.lstrip("*").strip(): digest for digest, name in lines}
-        for name in self._names():
+        for name in self._names()[rank::size]:
             logger.info("checking %s", self._directory / name)
             with (self._directory / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -56,6 +56,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self._meetings = 0
         self.bytes_sent = 0
         """By this rank through tensors, as the usual ring algorithms move them; objects do not count."""
 
@@ -83,6 +84,19 @@ class Ranks:
                 timeout=timedelta(seconds=place.timeout_s),
             )
         return cls(place.rank, place.world_size)
+
+    def wait_for_all(self, timeout_s: float) -> None:
+        """Until all ranks came here, for something that may take much longer than a collective.
+
+        Raises RankLost."""
+        if self.size == 1:
+            return
+        self._meetings += 1
+        store, name = dist.distributed_c10d._get_default_store(), f"meeting{self._meetings}"
+        with _lost_if_it_fails("waiting for all ranks"):
+            if store.add(name, 1) % self.size == 0:
+                store.set(f"{name}/all", "here")
+            store.wait([f"{name}/all"], timedelta(seconds=timeout_s))
 
     @property
     def is_first(self) -> bool:
