@@ -30,6 +30,12 @@ class HttpConfig(Strict):
         None, description="base of download links; null: taken from the request's Host header"
     )
     poll_hold_s: float = Field(30.0, gt=0, le=40, description="longest time a poll is held, seconds")
+    one_poll_for_samples: bool = Field(
+        False,
+        description="tell SDK clients to wait for all samples of a sampling client with one poll instead of "
+        "one each. Fewer open connections; but samples in flight when the coordinator restarts then end in "
+        "an error for the program, where polls one by one let the SDK submit them again",
+    )
     max_body_bytes: int = Field(
         256 * 2**20, ge=2**20, description="largest request body, bytes, decompressed"
     )

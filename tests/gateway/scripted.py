@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twinkle_serve.control.backend import Command, NotFound, Poll, RunInfo
+from twinkle_serve.control.backend import Command, Ended, NotFound, Poll, RunInfo
 from twinkle_serve.protocol.data import LoraSpec, SampleDelta, SampleRequest
 from twinkle_serve.protocol.work import Failure, ModelInfo
 
@@ -208,6 +208,12 @@ class ScriptedBackend:
         self._note("cancel", tenant, request_id)
 
     # promises -------------------------------------------------------------------------------------
+
+    async def poll_samples(
+        self, tenant: str, sampler_id: str, clone: int, cursor: int, timeout_s: float
+    ) -> tuple[tuple[Ended, ...], int] | None:
+        self._note("poll_samples", tenant, sampler_id, clone, cursor, timeout_s)
+        return (), cursor
 
     async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
         self._note("poll", tenant, request_id)

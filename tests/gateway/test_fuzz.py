@@ -35,6 +35,7 @@ ROUTES = [
     ("POST", "asample"),
     ("POST", "cancel_future"),
     ("POST", "retrieve_future"),
+    ("POST", "retrieve_futures"),
     ("POST", "weights_info"),
     ("POST", "telemetry"),
     ("POST", "client/config"),

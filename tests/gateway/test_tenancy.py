@@ -43,6 +43,8 @@ _PLAIN = """
     reason sampling_params sampling_session_seq_id sdk_version seq_id statuses step tags ttl_seconds type
     user_metadata
 
+    prev_cursor retrieved_request_ids target timeout
+
     best_of chat_template_kwargs echo frequency_penalty functions logit_bias logprobs
     max_completion_tokens max_tokens messages n presence_penalty prompt response_format seed stop stream
     stream_options suffix temperature tools top_k top_logprobs top_p
@@ -193,6 +195,17 @@ async def test_the_names_of_others_are_names_of_nothing(case: Case, tmp_path: Pa
         # The owner is not hindered: the route answers, or objects to something else.
         status = (await ask(owner, case, theirs))[0]
         assert status in ((200, 204, 302) if case.route.startswith("/api/") else (200, 400))
+
+
+async def test_nobody_waits_for_the_samples_of_others(tmp_path: Path) -> None:
+    """The sampler's name is one level down in ``target``."""
+    async with world(tmp_path) as here:
+        owner = await here.tenant("tml-owner").settle()
+        stranger = await here.tenant("tml-stranger").settle()
+        body = {"target": {"sampling_session_id": owner.objects["sampler"]}, "timeout": 0}
+        for caller, status in ((stranger, 404), (owner, 200)):
+            answer = await caller.request("POST", f"{API}/retrieve_futures", json=body)
+            assert answer.status_code == status
 
 
 async def test_a_pass_in_protobuf_is_for_the_owner_only(tmp_path: Path) -> None:

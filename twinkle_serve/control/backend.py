@@ -36,6 +36,14 @@ class Poll:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A sample that is not pending any more. fine: it has a result; otherwise it failed or is gone."""
+
+    request_id: str
+    fine: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PassCommand:
     """forward / forward_backward: ``datums`` is DatumBatch.pack(), ``lengths`` its tokens per datum."""
 
@@ -249,6 +257,14 @@ class Backend(Protocol):
         """Like ``poll``, but a streamed sample also answers as soon as there is news: a pending Poll then
         holds a tuple of SampleDelta in ``value``, all but the first ``after`` that ever came. A finished one
         has the whole result."""
+        ...
+
+    async def poll_samples(
+        self, tenant: str, sampler_id: str, clone: int, cursor: int, timeout_s: float
+    ) -> tuple[tuple[Ended, ...], int] | None:
+        """The samples of one copy of a sampling client that ended after ``cursor``, waiting up to
+        ``timeout_s`` for one, and the cursor to go on with. None: the client waits for samples of an earlier
+        life of this server, and nobody will end its wait. Raises NotFound."""
         ...
 
     # management -----------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ class PromiseTable:
         self._num_waiters = 0
         self._pending: dict[str, Pending] = {}
         self.num_pending = 0
+        # Told of each promise once it is no longer pending; one that was lost still says so of itself.
+        self.on_end: Callable[[Promise], object] = lambda promise: None
 
     def __len__(self) -> int:
         return len(self._promises)
@@ -140,6 +142,7 @@ class PromiseTable:
             del self._promises[request_id]
             self._no_longer_pending(promise)
             self._wake(promise)
+            self.on_end(promise)
 
     def advance(self, request_id: str, news: Iterable[Any]) -> None:
         """Parts of what a pending promise will hold, for those who do not want to wait for the whole."""
@@ -199,6 +202,7 @@ class PromiseTable:
         self._no_longer_pending(promise)
         self._results.settled(request_id, num_bytes, now)
         self._wake(promise)
+        self.on_end(promise)
 
     def _wake(self, promise: Promise) -> None:
         waiters, promise.waiters = promise.waiters, {}

@@ -6,6 +6,7 @@ long a client is patient.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinkle_serve.config import LimitsConfig
-from twinkle_serve.control.backend import Invalid
+from twinkle_serve.control.backend import Ended, Invalid
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.checkpoints import key_of, path_of
+from twinkle_serve.control.completions import CLONE_SIZE, Completions, Key, line_of
 from twinkle_serve.control.driver import GroupDriver
 from twinkle_serve.control.flights import Flight
 from twinkle_serve.control.samplers import Sampler
@@ -28,12 +30,14 @@ OpenPromise = Callable[[str, tuple[str, str, int | None]], str]
 
 @dataclass(slots=True)
 class _Pending:
-    """A sample that is not over. ``num_waiting``: polls that are being held for it."""
+    """A sample that is not over. ``num_waiting``: polls that are being held for it. ``line``: where its end
+    is told to a client that waits for all of its samples at once."""
 
     tenant: str
     driver: GroupDriver
     session_id: str | None
     asked_at: float
+    line: Key | None
     num_waiting: int = 0
 
 
@@ -58,6 +62,7 @@ class Sampling:
         self._driver_of = driver_of
         self._open_promise = open_promise
         self._pending: OrderedDict[str, _Pending] = OrderedDict()  # the longest unasked for first
+        self._completions = Completions(books.promises, books.clock, time.time())
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -130,6 +135,26 @@ class Sampling:
             if request_id in self._pending:
                 self._pending.move_to_end(request_id)
 
+    async def poll_all(
+        self, tenant: str, sampler_id: str, clone: int, cursor: int, timeout_s: float
+    ) -> tuple[tuple[Ended, ...], int] | None:
+        """See Backend.poll_samples."""
+        requests = self._books.samplers.get(tenant, sampler_id).requests
+        known = [answer[0] for seq_id, answer in requests.items() if seq_id // CLONE_SIZE == clone]
+        completions, key = self._completions, (sampler_id, clone)
+        if timeout_s > 0 and not completions.is_of_this_life(cursor, len(known)):
+            return None
+        found = completions.since(key, cursor, known)
+        if found[0] or timeout_s <= 0:
+            return found
+        with completions.waiting(key) as news:
+            timer = self._books.clock.call_later(timeout_s, news.set)
+            try:
+                await news.wait()
+            finally:
+                timer.cancel()
+        return completions.since(key, cursor, known)
+
     def end_session(self, session_id: str) -> None:
         """Its client said goodbye, or has been silent for too long."""
         for request_id in [key for key, item in self._pending.items() if item.session_id == session_id]:
@@ -137,12 +162,17 @@ class Sampling:
 
     def sweep(self) -> None:
         """Give up what nobody has asked for in a long time."""
+        self._completions.sweep()
         limit = self._books.clock.now() - self._limits.sample_abandon_s
         abandoned = []
-        for request_id, pending in self._pending.items():
+        for request_id, pending in list(self._pending.items()):
             if pending.asked_at > limit:
                 break
-            if pending.num_waiting == 0:
+            asked_at = None if pending.line is None else self._completions.asked_at(pending.line)
+            if asked_at is not None and asked_at > limit:
+                pending.asked_at = asked_at
+                self._pending.move_to_end(request_id)
+            elif pending.num_waiting == 0:
                 abandoned.append(request_id)
         for request_id in abandoned:
             self._give_up(request_id)
@@ -173,7 +203,8 @@ class Sampling:
 
         session_id = None if sampler is None else sampler.record.session_id
         now = self._books.clock.now()
-        self._pending[work.request_id] = _Pending(work.tenant, driver, session_id, now)
+        line = line_of(self._books.promises.origin(work.request_id))
+        self._pending[work.request_id] = _Pending(work.tenant, driver, session_id, now, line)
         num_sequences = work.request.num_samples
         flight = Flight(work.request_id, over, over, over, outlives_tick=True, num_sequences=num_sequences)
         driver.sample(work, flight)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from twinkle_serve.config import Config, ModelConfig
 from twinkle_serve.control import recovery
 from twinkle_serve.control.assembly import check_loadable
-from twinkle_serve.control.backend import Command, Invalid, PassCommand, Poll, RunInfo
+from twinkle_serve.control.backend import Command, Ended, Invalid, PassCommand, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import BirthCommand, RunEntry
@@ -515,6 +515,11 @@ class ControlPlane(Management):
     def measure(self) -> None:
         """Set every gauge of the control plane to what it is now."""
         measure(self._books, self._drivers, self._keeper)
+
+    async def poll_samples(
+        self, tenant: str, sampler_id: str, clone: int, cursor: int, timeout_s: float
+    ) -> tuple[tuple[Ended, ...], int] | None:
+        return await self._sampling.poll_all(tenant, sampler_id, clone, cursor, timeout_s)
 
     async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
         promises = self._books.promises

@@ -1,8 +1,8 @@
 """Long polls for promises.
 
-The SDK repeats a poll at once and for ever on 408 and on any 5xx, gives up on most other statuses, and takes
-an ``error`` key for a final failure. So this route answers 200, 408, 404, 410 or 401 and nothing else,
-and holds "not ready" for as long as the client's patience allows.
+The SDK repeats a poll for one promise at once and for ever on 408 and on any 5xx, gives up on most other
+statuses, and takes an ``error`` key for a final failure. So that route answers 200, 408, 404, 410 or 401 and
+nothing else, and holds "not ready" for as long as the client's patience allows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, Poll
-from twinkle_serve.gateway.context import Call, authenticated
+from twinkle_serve.gateway.context import Authenticated, Call, authenticated
 from twinkle_serve.gateway.http import describes, refusal, reply
 from twinkle_serve.protocol.errors import Absent, BackendUnavailable, Busy, Lost, WireError
-from twinkle_serve.protocol.requests import RequestId
+from twinkle_serve.protocol.requests import RequestId, RetrieveFutures, read
 from twinkle_serve.protocol.results import encode_result
 from twinkle_serve.protocol.work import Failure
 
@@ -52,6 +52,25 @@ async def retrieve_future(request: Request) -> Response:
     except Exception:
         logger.exception("poll for %s failed", request_id)
         return failed(Failure("the server could not produce this result", "server"))
+
+
+@router.post("/retrieve_futures", openapi_extra=describes(RetrieveFutures))
+async def retrieve_futures(request: Request, call: Authenticated) -> Response:
+    """One poll for all samples of a sampling client: which have ended. Each result is fetched by itself."""
+    body = read(RetrieveFutures, await call.object(request))
+    hold = hold_seconds(request.headers, call.gateway.config.http.poll_hold_s)
+    found = await call.backend.poll_samples(
+        call.tenant,
+        body.target.sampling_session_id,
+        body.target.cloned_sampler_id,
+        body.prev_cursor,
+        hold if body.timeout is None else min(hold, body.timeout),
+    )
+    if found is None:
+        raise Lost("the service was restarted and has no samples of this client; make a new sampling client")
+    ended, cursor = found
+    completions = [{"state": "finished" if e.fine else "failed", "request_id": e.request_id} for e in ended]
+    return reply({"completions": completions, "cursor": cursor})
 
 
 def hold_seconds(headers: Mapping[str, str], longest: float) -> float:

@@ -27,7 +27,6 @@ CLIENT_CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_bytes_count": 64_000_000,
     "fwdbwd_dispatch_bytes_semaphore_size": 128_000_000,
     "sample_enable_stuck_detection": True,
-    "sample_use_retrieve_futures": False,
     "sample_join_sampling_session": False,
     "create_model_via_load_weights": True,
 }
@@ -47,6 +46,7 @@ async def client_config(call: Authenticated) -> Response:
     room = max(64, *(2 * model.sampler.max_batch for model in models))
     here = {
         "sample_max_concurrent_requests": room,
+        "sample_use_retrieve_futures": call.gateway.config.http.one_poll_for_samples,
         "custom_loss_server_side": call.gateway.config.losses.custom_loss_server_side,
     }
     return reply(CLIENT_CONFIG | here)

@@ -241,6 +241,21 @@ class RequestId(Lenient):
     request_id: str
 
 
+class SamplesOf(Lenient):
+    """One copy of a sampling client: those that were unpickled number themselves."""
+
+    sampling_session_id: str
+    cloned_sampler_id: int = Field(0, ge=0, le=10**9)
+
+
+class RetrieveFutures(Lenient):
+    """timeout: None waits as long as the server likes; 0 only says what was retrieved."""
+
+    target: SamplesOf
+    prev_cursor: int = Field(0, ge=0)
+    timeout: float | None = Field(None, ge=0)
+
+
 class Addressed(Lenient):
     """What every command of a run begins with; read by protocol.forward.address."""
 
