@@ -10,7 +10,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo lint test test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability clean
+.PHONY: help venv demo docs lint test test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-sampling    tokens a second beside transformers.generate"
 	@echo "make bench-durability  cost of journal and snapshots on a training step"
 	@echo "make bench-flood       one flooding and four modest tenants"
+	@echo "make docs              build/site from docs/"
 	@echo "make lint              ruff and mypy only"
 	@echo "make venv              .venv with the package in it: .venv/bin/twinkle-serve"
 	@echo "make clean             remove the virtual environment (models/ stays)"
@@ -67,6 +68,9 @@ bench-engine: $(STAMP)
 bench-sampling: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.load
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 test-faults: $(STAMP)
 	TWINKLE_SCHEDULES=10000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage
