@@ -33,7 +33,7 @@ def documents(run: Run, numbers: range) -> list[types.Datum]:
     """Each page whole: there is no prompt, so every position weighs 1."""
     data = []
     for number in numbers:
-        tokens = run.tokenizer.encode(page(number), add_special_tokens=False) + [run.tokenizer.eos_token_id]
+        tokens = [*run.tokenizer.encode(page(number), add_special_tokens=False), run.tokenizer.eos_token_id]
         data.append(to_datum(tokens, weights=[1.0] * len(tokens)))
     return data
 
