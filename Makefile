@@ -15,7 +15,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
 	@echo "make test              lint, types and every test"
-	@echo "make test-faults       the long form: 10,000 random schedules, 50 kills of each kind (hours)"
+	@echo "make test-faults       the long form: 100,000 random schedules, 50 seeds of kills of each process (hours)"
 	@echo "make bench             every figure of benchmarks/README.md, with plots (20 minutes; peers once: 2 GB more)"
 	@echo "make bench-quick       only shows that each part of it works (minutes)"
 	@echo "make bench-engine      many tenants in one pass beside one after another, and adapter paging"
@@ -73,14 +73,14 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 test-faults: $(STAMP)
-	TWINKLE_SCHEDULES=10000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage
+	TWINKLE_SCHEDULES=100000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage
 	TWINKLE_FAULT_SEEDS=50 $(BIN)/python -m pytest tests/faults --durations=10
 
 bench-flood: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m benchmarks.flood
 
 bench-durability: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.durability
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.durability
 
 clean:
 	rm -rf .venv

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,18 @@ class Loop:
 
 
 class Loops:
-    """All programs at once: tenants of one server that know nothing of each other."""
+    """Programs at once: tenants of one server that know nothing of each other."""
 
-    def __init__(self, url: str, logs: Path) -> None:
-        self.each = {program: Loop(url, program, logs / f"{program}.log") for program in STEPS}
+    def __init__(self, url: str, logs: Path, programs: Sequence[str]) -> None:
+        self.each = {program: Loop(url, program, logs / f"{program}.log") for program in programs}
+
+    @property
+    def num_steps(self) -> int:
+        return STEPS[next(iter(self.each))]
 
     def wait_for(self, step: int) -> None:
-        self.each["sft"].wait_for(step)
+        """Of the first program."""
+        next(iter(self.each.values())).wait_for(step)
 
     def seen(self, store: Path) -> dict[str, Any]:
         """What each saw, and the sha256 of the adapter that it left in ``store``."""
@@ -82,12 +87,12 @@ class Loops:
 
 
 @contextmanager
-def loops(url: str, logs: Path) -> Iterator[Loops]:
-    both = Loops(url, logs)
+def loops(url: str, logs: Path, programs: Sequence[str]) -> Iterator[Loops]:
+    started = Loops(url, logs, programs)
     try:
-        yield both
+        yield started
     finally:
-        for loop in both.each.values():
+        for loop in started.each.values():
             loop.end()
 
 

@@ -81,6 +81,8 @@ def rl(run: Any, steps: int) -> tuple[list[float], list[Any]]:
         stepped.result()
         samples.append(drawn)
         print(f"step {step}", flush=True)
+        if step % 4 == 3:
+            run.save_state("latest", overwrite=True).result()
     return losses, samples
 
 

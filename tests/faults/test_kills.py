@@ -1,12 +1,13 @@
 """SIGKILL at any time: the clients finish, and their losses, samples and weights are those of a quiet run.
 
-Each case is a few strikes at one server while both programs of sdk_loop.py run on it, seed by seed at other
+Each case is a few strikes at one server while programs of sdk_loop.py run on it, seed by seed at other
 places. One seed in ``make test``; ``make test-faults`` runs TWINKLE_FAULT_SEEDS=50, which strikes each victim
 at each place many times.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Callable
@@ -15,13 +16,12 @@ from typing import Any
 
 import pytest
 
-from tests.faults.conftest import Server
-from tests.faults.loops import STEPS, loops
+from tests.faults.conftest import DEPLOYMENTS, Server, running
+from tests.faults.loops import loops
 from tests.faults.proxy import bad_network
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_SEEDS = int(os.environ.get("TWINKLE_FAULT_SEEDS", "1"))
-DEPLOYMENTS = ["local"]
 # Neighbours strike together: the first seed, which is all that `make test` runs, has each place once.
 PLACES = [
     ["in backward", "in optimizer", "in replay"],
@@ -30,65 +30,79 @@ PLACES = [
     ["in snapshot", "in replay"],
 ]
 VICTIMS = ["rank", "coordinator", "ingress", "everything"]
+KILLS = [(victim, seed) for seed in range(NUM_SEEDS) for victim in VICTIMS]
 
 
 def places(victim: str, seed: int) -> list[str | None]:
     return PLACES[(VICTIMS.index(victim) + seed) % len(PLACES)]
 
 
-def test_every_victim_is_struck_at_every_place():
+def deployment(victim: str, seed: int) -> str:
+    """Which rank dies matters where there are two; so the first rank to die is one of two."""
+    return DEPLOYMENTS[(seed // len(PLACES) + (victim == "rank")) % len(DEPLOYMENTS)]
+
+
+def test_every_victim_is_struck_at_every_place_of_every_deployment():
     everywhere = {place for group in PLACES for place in group}
     assert len(everywhere) == 10
     for victim in VICTIMS:
-        assert {place for seed in range(4) for place in places(victim, seed)} == everywhere
+        seeds = range(len(PLACES) * len(DEPLOYMENTS))
+        struck = {(deployment(victim, seed), place) for seed in seeds for place in places(victim, seed)}
+        assert struck == {(each, place) for each in DEPLOYMENTS for place in everywhere}
 
 
-@pytest.fixture(scope="module", params=DEPLOYMENTS)
-def deployment(request: pytest.FixtureRequest) -> Path:
-    return Path(__file__).parents[2] / "deployments" / f"{request.param}.yaml"
+def programs(name: str, seed: int) -> tuple[str, ...]:
+    """Over several ranks samples are the same to the bit only without company."""
+    return ("sft", "rl") if name == "local" else (("rl", "sft")[seed % 2],)
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, deployment: Path) -> dict[str, Any]:
-    """What the programs see when nothing happens."""
-    server = Server(tmp_path_factory.mktemp("quiet"), tiny_llama, deployment)
-    server.start()
-    try:
-        with loops(server.url, server.root) as both:
-            return both.seen(server.store)
-    finally:
-        server.stop()
+def quiet(
+    tmp_path_factory: pytest.TempPathFactory, new_server: Callable[[str, Path], Server]
+) -> Callable[[str, int], dict[str, Any]]:
+    """What the programs see on a deployment when nothing happens."""
+
+    @functools.cache
+    def run(name: str, programs: tuple[str, ...]) -> dict[str, Any]:
+        root = tmp_path_factory.mktemp("quiet")
+        with running(new_server(name, root)) as server, loops(server.url, root, programs) as clients:
+            return clients.seen(server.store)
+
+    return lambda name, seed: run(name, programs(name, seed))
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+@pytest.mark.parametrize(("victim", "seed"), KILLS)
 def test_a_kill_changes_nothing(
     tmp_path: Path,
-    server_on: Callable[[Path, Path], Any],
-    deployment: Path,
-    quiet: dict[str, Any],
+    new_server: Callable[[str, Path], Server],
+    quiet: Callable[[str, int], dict[str, Any]],
     victim: str,
     seed: int,
 ) -> None:
+    name = deployment(victim, seed)
+    undisturbed = quiet(name, seed)
     rng = random.Random(f"{victim} {seed}")
     struck = places(victim, seed)
-    with server_on(tmp_path, deployment) as server, loops(server.url, tmp_path) as both:
-        steps = sorted(rng.sample(range(1, STEPS["sft"] - 4), len(struck)))
+    with (
+        running(new_server(name, tmp_path)) as server,
+        loops(server.url, tmp_path, programs(name, seed)) as clients,
+    ):
+        steps = sorted(rng.sample(range(1, clients.num_steps - 4), len(struck)))
         for step, place in zip(steps, rng.sample(struck, len(struck)), strict=True):
-            both.wait_for(step)
+            clients.wait_for(step)
             server.strike(victim, place, rng)
-        assert both.seen(server.store) == quiet
+        assert clients.seen(server.store) == undisturbed
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_a_bad_network_changes_nothing(
     tmp_path: Path,
-    server_on: Callable[[Path, Path], Any],
-    deployment: Path,
-    quiet: dict[str, Any],
+    new_server: Callable[[str, Path], Server],
+    quiet: Callable[[str, int], dict[str, Any]],
     seed: int,
 ) -> None:
-    with server_on(tmp_path, deployment) as server, bad_network(server.url, seed) as proxy:
-        with loops(f"http://127.0.0.1:{proxy.port}", tmp_path) as both:
-            assert both.seen(server.store) == quiet
+    undisturbed = quiet("local", seed)
+    with running(new_server("local", tmp_path)) as server, bad_network(server.url, seed) as proxy:
+        with loops(f"http://127.0.0.1:{proxy.port}", tmp_path, programs("local", seed)) as clients:
+            assert clients.seen(server.store) == undisturbed
         assert min(proxy.counts[fate] for fate in ("lost", "twice", "late")) >= 2
