@@ -10,7 +10,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo docs lint test test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability clean
+.PHONY: help venv demo docs lint test test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability cookbook modelscope clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
@@ -23,6 +23,8 @@ help:
 	@echo "make bench-durability  cost of journal and snapshots on a training step"
 	@echo "make bench-flood       one flooding and four modest tenants"
 	@echo "make docs              build/site from docs/"
+	@echo "make cookbook          tinker-cookbook's recipes, unmodified, on a small model (half an hour; downloads 0.4 GB once)"
+	@echo "make modelscope        the hosted service's program with both of its clients (downloads 1 GB once)"
 	@echo "make lint              ruff and mypy only"
 	@echo "make venv              .venv with the package in it: .venv/bin/twinkle-serve"
 	@echo "make clean             remove the virtual environment (models/ stays)"
@@ -81,6 +83,12 @@ bench-flood: $(STAMP)
 
 bench-durability: $(STAMP)
 	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.durability
+
+cookbook: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.cookbook.run_recipes
+
+modelscope: $(STAMP)
+	TWINKLE_KITS=1 $(BIN)/python -m pytest tests/e2e/test_modelscope_example.py
 
 clean:
 	rm -rf .venv
