@@ -10,7 +10,8 @@ import pytest
 from tests.control.echo_group import EchoGroup
 from tests.control.plane import TENANT, Client, control_plane
 from twinkle_serve.control import custom_losses as module
-from twinkle_serve.control.backend import Invalid, NotFound
+from twinkle_serve.control.backend import Invalid, NotFound, PassCommand
+from twinkle_serve.control.codec import decode_command, encode_command
 from twinkle_serve.control.custom_losses import CustomLosses
 from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.protocol.work import Failure
@@ -100,3 +101,9 @@ def test_a_tenant_keeps_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     add("new3", "new", 11.0)
     add("new4", "new", 12.0)
     assert set(saved) == {"new2", "new3", "new4", "bob's"}
+
+
+def test_the_journal_has_the_whole_loss() -> None:
+    """What is done again after a crash needs no record but its own."""
+    command = PassCommand(b"datums", (3,), "custom", {"graph": '{"name":"mine \\u00e9"}'}, True)
+    assert decode_command(encode_command(command)) == command
