@@ -200,7 +200,8 @@ class Planner:
     def _company_until(self, now: float) -> float | None:
         """Until when passes wait, or None if they may start now."""
         longest = min(self._company_wait_s, self._pass_seconds / 2)
-        absent = self._in_step - self._queued.keys()
+        # Not as a difference of sets, which would walk through all that is queued.
+        absent = [run_id for run_id in self._in_step if run_id not in self._queued]
         is_due = any(self._think[run_id].usual_s <= longest for run_id in absent)
         if not is_due or not 0 < self._tokens_waiting() < self._tick_tokens:
             self._waiting_since = None
