@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from twinkle_serve.control.backend import NotFound
@@ -95,3 +97,58 @@ def test_other_tenants_see_nothing(samplers):
     assert samplers.exists(ids(0)[0])
     with pytest.raises(NotFound):
         samplers.get("bob", ids(0)[0])
+
+
+# The kind inflight ----------------------------------------------------------------------------------------
+
+
+def publish(samplers: Samplers, number: int) -> None:
+    record = replace(snapshot(number), seq_id=number, inflight=True)
+    samplers.create(record)
+    samplers.retire("run")
+
+
+def source_of(samplers: Samplers, number: int) -> str:
+    return samplers.source(samplers.usable("alice", ids(number)[0])).record.sampler_id
+
+
+def test_all_inflight_samplers_draw_from_the_newest_snapshot_of_their_kind(samplers):
+    publish(samplers, 0)
+    add(samplers, 1)
+    publish(samplers, 2)
+    assert [source_of(samplers, number) for number in (0, 1, 2)] == ids(2, 1, 2)
+    assert samplers.evict("base") == ids(0)
+    assert source_of(samplers, 0) == ids(2)[0]
+
+
+def test_an_older_inflight_snapshot_stays_while_a_request_is_on_it(samplers):
+    publish(samplers, 0)
+    samplers.started(ids(0)[0])
+    publish(samplers, 1)
+    assert samplers.evict("base") == []
+    samplers.ended(ids(0)[0])
+    assert samplers.evict("base") == ids(0)
+
+
+def test_the_newest_inflight_snapshot_does_not_count_among_the_kept_ones(samplers):
+    publish(samplers, 0)
+    add(samplers, 1, 2, 3, 4)
+    assert samplers.evict("base") == ids(1, 2)
+    assert source_of(samplers, 0) == ids(0)[0]
+    samplers.retire("run", keep=0)
+    assert sorted(samplers.evict("base")) == ids(0, 3, 4)
+    with pytest.raises(NotFound):
+        samplers.usable("alice", ids(0)[0])
+
+
+def test_after_a_restart_the_newest_one_is_known_again():
+    records: list[SamplerRecord] = []
+    old = Samplers(2, records.append)
+    for number in (0, 3, 1):
+        publish(old, number)
+    new = Samplers(2, lambda record: None)
+    for record in records:
+        new.restore(record)
+    for sampler in new.with_snapshot():
+        new.relocate(sampler, f"/{sampler.record.sampler_id}", awaited=False)
+    assert [source_of(new, number) for number in (0, 1, 3)] == ids(3) * 3

@@ -175,3 +175,22 @@ async def test_finishing_a_session_frees_its_snapshots(tmp_path):
         await plane.finish_session(TENANT, client.session, {"type": "success"})
         await asyncio.sleep(1)
         assert not group.snapshots
+
+
+@virtual
+async def test_an_inflight_sampler_follows_what_is_published_and_running_samples_do_not(tmp_path):
+    group = EchoGroup()
+    async with control_plane(tmp_path, group) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("one"))
+        first = (await client.do(run, 2, SnapshotCommand(0, inflight=True)))["sampling_session_id"]
+        running = await client.sample(first, max_tokens=500)
+        await client.do(run, 3, pass_command("two"))
+        assert await client.result(await client.sample(first)) == ("create", "one")
+        second = (await client.do(run, 4, SnapshotCommand(1, inflight=True)))["sampling_session_id"]
+        for sampler in (first, second):
+            assert await client.result(await client.sample(sampler)) == ("create", "one", "two")
+        assert await client.result(running) == ("create", "one")
+        await asyncio.sleep(1)
+        assert list(group.snapshots) == [second]

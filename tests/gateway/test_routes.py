@@ -182,6 +182,11 @@ async def test_commands_reach_the_control_plane_as_they_were_meant(
             SaveCommand("sampler_weights", "b"),
         ),
         ("save_weights_for_sampler", {"sampling_session_seq_id": 2}, SnapshotCommand(2)),
+        (
+            "save_weights_for_sampler",
+            {"sampling_session_seq_id": 2, "kind": "inflight"},
+            SnapshotCommand(2, inflight=True),
+        ),
         ("save_weights_external", {"path": "c"}, SaveCommand("external_weights", "c")),
         ("load_weights", {"path": PATH, "optimizer": True}, LoadCommand(PATH, True)),
         ("load_weights", {"path": PATH}, LoadCommand(PATH, False)),

@@ -208,6 +208,7 @@ async def test_trap_13_a_poll_may_come_before_its_predecessors(
         ("save_weights", {"path": "a/b"}),
         ("save_weights", {"path": "a", "ttl_seconds": 5}),
         ("save_weights_for_sampler", {"path": "publish"}),
+        ("save_weights_for_sampler", {"sampling_session_seq_id": 0, "kind": "sideways"}),
         ("save_weights_external", {}),
         ("save_weights_external", {"path": "x", "age_encryption_recipients": ["age1"]}),
         ("load_weights", {"path": "file:///etc", "optimizer": False}),

@@ -221,8 +221,8 @@ class Assembler:
                 return lambda slot: assembly.optim_steps.append(OptimStep(request_id, slot, params))
             case SaveCommand():
                 return self._save(assembly, run, entry, command)
-            case SnapshotCommand(number):
-                return self._snapshot(assembly, run, entry, number)
+            case SnapshotCommand():
+                return self._snapshot(assembly, run, entry, command)
         raise AssertionError(command)
 
     def _pass(self, assembly: Assembly, request_id: str, command: PassCommand) -> Place:
@@ -328,8 +328,9 @@ class Assembler:
             SaveAdapter(entry.request_id, slot, directory, record.has_optimizer, manifest)
         )
 
-    def _snapshot(self, assembly: Assembly, run: Run, entry: RunEntry, number: int) -> Place:
+    def _snapshot(self, assembly: Assembly, run: Run, entry: RunEntry, command: SnapshotCommand) -> Place:
         samplers, request_id = self._books.samplers, entry.request_id
+        number = command.sampling_session_seq_id
         sampler_id = sampler_id_for(run.record.session_id, number)
         earlier = samplers.find(sampler_id)
         is_again = (
@@ -357,6 +358,7 @@ class Assembler:
                     run_id=run.run_id,
                     snapshot=sampler_id,
                     seq_id=entry.seq_id,
+                    inflight=command.inflight,
                 ),
                 run.group,
             )

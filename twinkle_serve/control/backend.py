@@ -73,9 +73,11 @@ class SaveCommand:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotCommand:
-    """save_weights_for_sampler without a name: freeze for sampling as a new sampling session."""
+    """save_weights_for_sampler without a name: freeze for sampling as a new sampling session. inflight: and
+    let all earlier sessions of the run that were made so draw from these weights from now on."""
 
     sampling_session_seq_id: int
+    inflight: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 Knows tenants and counts requests in flight. Does not know how a sample is drawn or where weights lie.
 
 Clients never release a sampler, and reinforcement learning makes one a step. So of a run's snapshots the
-newest few are kept, and older ones only while requests on them are in flight.
+newest few are kept, and older ones only while requests on them are in flight. Samplers of the kind inflight
+all draw from the newest snapshot of that kind: a request that began before it was made ends with the weights
+it began with, which are no older than its own sampler's.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Samplers:
         self._by_session: dict[str, list[str]] = defaultdict(list)
         self._snapshots: dict[str, list[str]] = defaultdict(list)  # by run, the oldest first
         self._retired: set[str] = set()  # to be evicted once nothing is in flight
+        self._newest: dict[str, Sampler] = {}  # of the kind inflight, by run
 
     def create(self, record: SamplerRecord, home: str | None = None) -> None:
         self._save(record)
@@ -94,14 +97,19 @@ class Samplers:
 
     def usable(self, tenant: str, sampler_id: str) -> Sampler:
         sampler = self.get(tenant, sampler_id)
-        if sampler.evicted or sampler_id in self._retired:
+        source = self.source(sampler)
+        if source.evicted or source.record.sampler_id in self._retired:
             raise NotFound(
                 f"sampling session {sampler_id!r} is gone: only the newest {self._snapshots_per_run} "
                 "unnamed snapshots of a run are kept; save the weights under a name to keep them"
             )
-        if sampler.awaited:
+        if source.awaited:
             raise BackendUnavailable("the service is recovering from a failure; try again")
         return sampler
+
+    def source(self, sampler: Sampler) -> Sampler:
+        """The one whose weights a request draws from that comes now."""
+        return self._newest[sampler.record.run_id or ""] if sampler.record.inflight else sampler
 
     def of_session(self, session_id: str) -> list[str]:
         return list(self._by_session.get(session_id, []))
@@ -118,9 +126,12 @@ class Samplers:
 
     def retire(self, run_id: str, keep: int | None = None) -> None:
         """Leave only the newest snapshots of a run (``keep``; None: the configured number)."""
+        keep = self._snapshots_per_run if keep is None else keep
         snapshots = self._snapshots.get(run_id, [])
-        surplus = len(snapshots) - (self._snapshots_per_run if keep is None else keep)
-        self._retired.update(snapshots[: max(0, surplus)])
+        inflight = [sampler_id for sampler_id in snapshots if self._samplers[sampler_id].record.inflight]
+        others = [sampler_id for sampler_id in snapshots if sampler_id not in inflight]
+        self._retired.update(others[: max(0, len(others) - keep)])
+        self._retired.update(inflight[: max(0, len(inflight) - min(keep, 1))])
 
     def evict(self, group: str) -> list[str]:
         """The snapshots that a group may drop now: retired ones that nobody samples from."""
@@ -152,3 +163,8 @@ class Samplers:
     def _add(self, sampler: Sampler) -> None:
         self._samplers[sampler.record.sampler_id] = sampler
         self._by_session[sampler.record.session_id].append(sampler.record.sampler_id)
+        record = sampler.record
+        if record.inflight and record.run_id is not None:
+            newest = self._newest.get(record.run_id)
+            if newest is None or (newest.record.seq_id or 0) < (record.seq_id or 0):
+                self._newest[record.run_id] = sampler

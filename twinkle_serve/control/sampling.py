@@ -76,8 +76,9 @@ class Sampling:
             return known[seq_id]
         sampler = self._books.samplers.usable(tenant, sampler_id)
         # A snapshot is in the group that made it; other weights can be loaded by any.
-        driver = self._driver_of(sampler.record.base_model, sampler.home)
-        adapter = None if isinstance(request, Failure) else self._adapter(sampler)
+        source = self._books.samplers.source(sampler)
+        driver = self._driver_of(sampler.record.base_model, source.home)
+        adapter = None if isinstance(request, Failure) else self._adapter(source)
         request_id = self._open_promise(tenant, ("sampler", sampler_id, seq_id))
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
         answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
@@ -88,7 +89,7 @@ class Sampling:
         if isinstance(request, Failure):
             self._books.fail(request_id, request)
         else:
-            self._start(Sample(request_id, tenant, adapter, request), driver, sampler)
+            self._start(Sample(request_id, tenant, adapter, request), driver, source)
         return answer
 
     def submit_to_model(

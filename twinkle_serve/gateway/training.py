@@ -202,7 +202,9 @@ def _save(kind: str, body: wire.SaveWeights) -> SaveCommand:
 def _save_for_sampler(raw: Mapping[str, Any]) -> SaveCommand | SnapshotCommand:
     body = wire.read(wire.SaveForSampler, raw)
     if body.path is None and body.sampling_session_seq_id is not None:
-        return SnapshotCommand(body.sampling_session_seq_id)
+        if body.kind not in ("snapshot", "inflight"):
+            raise UserError(f"kind {body.kind!r:.40} is neither snapshot nor inflight")
+        return SnapshotCommand(body.sampling_session_seq_id, body.kind == "inflight")
     return _save("sampler_weights", body)
 
 

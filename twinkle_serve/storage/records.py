@@ -52,7 +52,8 @@ class RunRecord:
 @dataclass(frozen=True, slots=True)
 class SamplerRecord:
     """A sampling session. Exactly one of three sources: the base model alone (both None), a checkpoint
-    (``model_path``), or a snapshot of ``run_id`` (``snapshot``) made by its request ``seq_id``."""
+    (``model_path``), or a snapshot of ``run_id`` (``snapshot``) made by its request ``seq_id``. inflight: it
+    moves on to each newer snapshot of this kind."""
 
     sampler_id: str
     session_id: str
@@ -63,6 +64,7 @@ class SamplerRecord:
     run_id: str | None = None
     snapshot: str | None = None
     seq_id: int | None = None
+    inflight: bool = False
 
 
 @dataclass(frozen=True, slots=True)

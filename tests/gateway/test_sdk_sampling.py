@@ -1,4 +1,4 @@
-"""The real SDK when it is told to wait for all samples of a client with one poll."""
+"""The real SDK: one poll for all samples of a client, and sampling clients of the kind inflight."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ async def test_every_sample_comes_in_and_bad_ones_fail(url: str, monkeypatch: py
         return await sampler.sample_async(types.ModelInput.from_ints([5 + number, 9, 11]), 1, params)
 
     async def bad() -> None:
+        params = types.SamplingParams(max_tokens=4, top_p=7.0)
         with pytest.raises(tinker.RequestFailedError, match="top_p"):
-            params = types.SamplingParams(max_tokens=4, top_p=7.0)
             await sampler.sample_async(types.ModelInput.from_ints([5]), 1, params)
 
     results, _ = await asyncio.gather(asyncio.gather(*(one(n) for n in range(NUM_SAMPLES))), bad())
@@ -65,6 +65,35 @@ async def test_every_sample_comes_in_and_bad_ones_fail(url: str, monkeypatch: py
     again = await one(0)
     assert again.sequences[0].tokens == results[0].sequences[0].tokens
     assert 0 < polls.count(futures.RetrieveFutures) < NUM_SAMPLES
+    await service.close("success")
+
+
+async def test_inflight_clients_move_on_and_snapshots_do_not(url: str) -> None:
+    service = tinker.ServiceClient(base_url=url, api_key=KEY)
+    run = await service.create_lora_training_client_async(base_model="llama", rank=4)
+    prompt = types.ModelInput.from_ints([5, 9, 11, 4])
+
+    async def scores(sampler: Any) -> list[float | None]:
+        return list(await sampler.compute_logprobs_async(prompt))
+
+    async def step() -> None:
+        inputs = {"target_tokens": [9, 11, 4, 7], "weights": [1.0] * 4}
+        datum = types.Datum(model_input=prompt, loss_fn_inputs=inputs)
+        await run.forward_backward_async([datum], "cross_entropy")
+        await (await run.optim_step_async(types.AdamParams(learning_rate=0.05)))
+
+    await step()
+    frozen = await run.save_weights_and_get_sampling_client_async()
+    first = await run.save_weights_and_get_sampling_client_async(kind="inflight")
+    before = await scores(first)
+    assert before == await scores(frozen)
+    await step()
+    assert await scores(first) == before, "nothing newer was published"
+    second = await run.save_weights_and_get_sampling_client_async(kind="inflight")
+    after = await scores(second)
+    assert after != before
+    assert await scores(first) == after
+    assert await scores(frozen) == before
     await service.close("success")
 
 
