@@ -16,10 +16,12 @@ from twinkle_serve.engine.base_model import UnsupportedModel, load_base_model
 from twinkle_serve.engine.frozen import (
     expert_product,
     expert_product_back,
+    matrices,
     pack,
     packed,
     product,
     product_back,
+    product_into,
 )
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.protocol.data import Column, DatumBatch, LoraSpec
@@ -53,6 +55,22 @@ def test_an_expert_is_found_in_the_stack() -> None:
         expert_product_back(dy, stack, expert, back)
         torch.testing.assert_close(forward, x @ plain[expert].t(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(back, dy @ plain[expert], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 9])
+@pytest.mark.parametrize("width", [16, 2048])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_product_of_few_rows_is_the_same_whichever_way(rows: int, width: int, is_packed: bool) -> None:
+    x, weight = torch.randn(rows, 512), weights(width, 512)
+    expected = x @ weight.t()
+    if is_packed:
+        pack([weight])
+    (matrix,) = matrices(weight)
+    assert (packed(matrix) is None) == (packed(weight) is None)
+    wide = torch.full((rows, width + 3), 7.0)
+    product_into(wide[:, :width], x, matrix)
+    torch.testing.assert_close(wide[:, :width], expected, atol=1e-4, rtol=1e-5)
+    assert (wide[:, width:] == 7).all()
 
 
 def test_small_weights_stay_as_they_are() -> None:

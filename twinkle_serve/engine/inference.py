@@ -19,7 +19,8 @@ from torch import nn
 from twinkle_serve.engine.adapter_pool import Block
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.inference_mlp import Mlp, Projection, mlp_of, product
+from twinkle_serve.engine.frozen import product_into
+from twinkle_serve.engine.inference_mlp import Mlp, Projection, mlp_of
 from twinkle_serve.engine.norms import FrozenRMSNorm
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class Inference:
             logits = self._base.full_logits(hidden, ())
         else:
             logits = hidden.new_empty(hidden.shape[0], head.weight.shape[0])
-            product(hidden, head.weight, logits)
+            product_into(logits, hidden, head.weight)
             if head.bias is not None:
                 logits.add_(head.bias)
         for block in blocks:

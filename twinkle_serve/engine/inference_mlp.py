@@ -17,12 +17,10 @@ from torch import nn
 
 from twinkle_serve.engine.adapter_pool import Block
 from twinkle_serve.engine.base_model import BaseModel
+from twinkle_serve.engine.frozen import ROWS_WORTH_PACKED, matrices, packed, product, product_into
 from twinkle_serve.engine.layers import LoraLinear
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-
-_FEW_ROWS = 8
-_ROWS_WORTH = 2**14
 
 
 class Mlp(Protocol):
@@ -31,41 +29,37 @@ class Mlp(Protocol):
         ...
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out [T, M] = x [T, K] times ``weight`` [M, K] transposed.
-
-    With the weights on the left, MKL reads large ones up to three times faster for two to eight rows.
-    """
-    rows = x.shape[0]
-    if 1 < rows <= _FEW_ROWS and rows * rows * _ROWS_WORTH <= weight.numel() and not x.is_cuda:
-        out.copy_(torch.mm(weight, x.t()).t())
-    else:
-        torch.mm(x, weight.t(), out=out)
-
-
 @dataclass(frozen=True, slots=True)
 class Projection:
     """A frozen linear layer and the LoRA target it is. ``width``: of its output."""
 
     weight: torch.Tensor
     weight_t: torch.Tensor
+    is_packed: bool
     bias: torch.Tensor | None
     target: int
     width: int
 
     @classmethod
     def of(cls, module: LoraLinear) -> Projection:
-        weight = module.base.weight.detach()
-        return cls(weight, weight.t(), module.base.bias, module.target_index, weight.shape[0])
+        (weight,) = matrices(module.base.weight)
+        has_own = packed(weight) is not None
+        return cls(weight, weight.t(), has_own, module.base.bias, module.target_index, weight.shape[0])
 
     def into(self, out: torch.Tensor, x: torch.Tensor, blocks: Sequence[Block]) -> None:
         """out = x W^T + bias, and the low-rank products."""
-        torch.mm(x, self.weight_t, out=out)
+        if self.is_packed:
+            product_into(out, x, self.weight)
+        else:
+            torch.mm(x, self.weight_t, out=out)
         self._finish(out, x, blocks)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, blocks: Sequence[Block]) -> torch.Tensor:
         """residual + x W^T + bias, and the low-rank products."""
-        out = torch.addmm(residual, x, self.weight_t)
+        if self.is_packed and x.shape[0] >= ROWS_WORTH_PACKED:
+            out = residual + product(x, self.weight)
+        else:
+            out = torch.addmm(residual, x, self.weight_t)
         self._finish(out, x, blocks)
         return out
 
@@ -139,7 +133,7 @@ class ExpertsMlp:
         gate_up = h.new_empty(rows.shape[0], self.gate_up[0].shape[0])
         outs = gate_up.split(sizes)
         for (expert, _), x, out in zip(pairs.parts, rows.split(sizes), outs, strict=True):
-            product(x, self.gate_up[expert], out)
+            product_into(out, x, self.gate_up[expert])
         inner = gate_up.shape[1] // 2
         for block, cuts in zip(blocks, pairs.cuts, strict=True):
             own = h if block.end - block.start == h.shape[0] else h[block.start : block.end]
@@ -161,7 +155,7 @@ class ExpertsMlp:
         sizes = [size for _, size in pairs.parts]
         parts = zip(pairs.parts, z.split(sizes), out.split(sizes), strict=True)
         for (expert, _), x, into in parts:
-            product(x, self.down[expert], into)
+            product_into(into, x, self.down[expert])
         return out
 
     def _add_low_rank_down(
@@ -252,8 +246,8 @@ def mlp_of(base: BaseModel, module: Any) -> Mlp | None:
         router=router.weight.detach().t(),
         top_k=int(router.top_k),
         normalized=bool(getattr(router, "norm_topk_prob", False)),
-        gate_up=tuple(experts.gate_up_proj.detach()),
-        down=tuple(experts.down_proj.detach()),
+        gate_up=matrices(experts.gate_up_proj),
+        down=matrices(experts.down_proj),
         targets=(targets.gate, targets.up, targets.down),
         activation=_activation(experts.act_fn),
     )
