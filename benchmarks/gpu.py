@@ -256,9 +256,10 @@ def sample_rows(report: Report, work: Work, directory: Path, new_tokens: int) ->
 
 def profile(work: Work, out: Path) -> None:
     """Where a training step and a few decode steps spend their time, as tables beside the results."""
-    batch = work.batch(4_096, 512)
+    batch, large = work.batch(4_096, 512), work.batch(16_384, 2_048)
     jobs = {
         "step": lambda: work.step([0], [batch]),
+        "large": lambda: work.step([0], [large]),
         "small": lambda: work.step([0], [work.batch(64, 64)]),
         "decode": lambda: work.sample(8, 8, ("adapter0",)),
     }
@@ -283,7 +284,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--microbatch-tokens", type=int, default=16_384)
     parser.add_argument("--profile", type=Path, help="folder for profiler tables")
-    parser.add_argument("--parts", nargs="+", default=["train", "tenants", "sample"])
+    parser.add_argument("--parts", nargs="*", default=["train", "tenants", "sample"])
     arguments = parser.parse_args()
     assert torch.cuda.is_available(), "this benchmark needs a GPU"
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
