@@ -70,6 +70,9 @@ class MemoryJournal:
 
         return self._do(work)
 
+    def flush(self) -> asyncio.Future[None]:
+        return self._do(lambda: None)
+
     def histories(self) -> dict[str, RunHistory]:
         return {run_id: _copy(history) for run_id, history in self.rows.items()}
 

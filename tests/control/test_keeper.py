@@ -117,6 +117,29 @@ async def test_a_second_coordinator_fences_the_first():
 
 
 @virtual
+async def test_an_old_coordinator_that_wakes_up_saves_nothing():
+    store = Store()
+    group = EchoGroup()
+    async with store.opened(group) as old:
+        client = await Client(old).open()
+        run = await client.create()
+        group.pass_s = 50.0
+        await client.submit(run, 1, pass_command("slow"))
+        await client.submit(run, 2, SaveCommand("weights", "latest", overwrite=True))
+        await asyncio.sleep(1)
+        async with store.opened() as new:
+            resumed = again(client, new)
+            saved = await resumed.submit(run, 2, SaveCommand("weights", "latest", overwrite=True))
+            await resumed.result(saved)
+            await resumed.do(run, 3, pass_command("more"))
+            await resumed.do(run, 4, SaveCommand("weights", "latest", overwrite=True))
+            newest = dict(store.stored)
+            await asyncio.sleep(60)
+            assert not any(tick.saves for tick in group.ticks)
+            assert (store.stored, store.fenced) == (newest, 1)
+
+
+@virtual
 async def test_with_a_full_disk_training_waits_and_goes_on():
     store = Store()
     async with store.opened() as plane:

@@ -213,6 +213,8 @@ class GroupDriver:
             tick = self._assemble(window, assembly)
             if tick is not None:
                 self.books.watch.tick_began(self.name, tick, window)
+                if tick.saves and self._keeper is not None:
+                    await self._keeper.still_ours()
                 await self._run(tick)
         except Exception:
             logger.exception("a tick of %s failed", self.name)

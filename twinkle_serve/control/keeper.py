@@ -136,6 +136,15 @@ class Keeper:
             self._fenced()
             raise BackendUnavailable(str(error)) from None
 
+    async def still_ours(self) -> None:
+        """Returns unless another coordinator has taken over: then what this one would write or say is not to
+        be believed, and it stands still until it is ended."""
+        future = self.journal.flush()
+        await asyncio.wait({future}, timeout=_PATIENCE_S)
+        if future.done() and isinstance(future.exception(), Fenced):
+            self._fenced()
+            await asyncio.Future()
+
     def gave_up(self, run: Run, last_seq_id: int) -> None:
         """The run's log went on behind a gap; after a restart it must do so at the same place."""
         now = self.books.clock.now()
@@ -319,6 +328,11 @@ class Keeper:
 
     def sampler_file(self, sampler_id: str) -> str:
         return self.files.name_for(sampler_id, "frozen")
+
+    def path_of_sampler(self, sampler_id: str) -> str | None:
+        """The file that a snapshot was written to, once it is there."""
+        name = self.sampler_file(sampler_id)
+        return self.files.path(name) if self.files.exists(name) else None
 
     def sweep(self) -> None:
         now = self.books.clock.now()
