@@ -125,3 +125,10 @@ def test_a_serve_deploy_file_is_a_configuration_too(write, tmp_path: Path) -> No
     config = load_config(path, ["models.0.name=other"])
     assert (config.http.port, config.models[0].name) == (8100, "other")
     assert config.models[0].path == str(tmp_path / "models/m")
+
+
+def test_one_group_at_least_must_train() -> None:
+    model = {"name": "m", "path": "p", "groups": 2}
+    assert Config.model_validate({"models": [model | {"sampling_groups": 1}]}).models[0].sampling_groups == 1
+    with pytest.raises(ValidationError, match="sampling_groups 2 must be below groups 2"):
+        Config.model_validate({"models": [model | {"sampling_groups": 2}]})

@@ -113,14 +113,22 @@ class StorageConfig(Strict):
 
 
 class SamplerConfig(Strict):
+    """How a group samples, and its policy where training and samples both wait: each tick trains first and
+    then decodes, for as long as makes ``share`` of the group's time in the long run and ``decode_budget_ms``
+    at least. Where only one of the two waits it has all of the time. With ``sampling_groups`` samples leave
+    the groups that train as far as their weights are on disk."""
+
     max_batch: int = Field(64, ge=1, le=4096, description="sequences decoded together")
     adapter_slots: int = Field(8, ge=1, description="sampler snapshots resident at once")
     kv_cache_tokens: int = Field(65_536, ge=256, description="tokens of KV cache, all sequences together")
     prefill_chunk_tokens: int = Field(
         2_048, ge=16, description="prompt tokens prefilled between decode steps"
     )
+    share: float = Field(
+        0.5, ge=0, le=0.95, description="of a group's time, decoding while training work waits, 0 to 0.95"
+    )
     decode_budget_ms: float = Field(
-        50.0, gt=0, description="decoding time a tick may spend while training work waits, milliseconds"
+        50.0, gt=0, description="least decoding time of a tick while training work waits, milliseconds"
     )
 
 
@@ -148,6 +156,12 @@ class ModelConfig(Strict):
     ranks: int = Field(1, ge=1, le=1024, description="processes that share the base model")
     groups: int = Field(
         1, ge=1, le=1024, description="groups of ranks, each with the whole model; a run lives in one of them"
+    )
+    sampling_groups: int = Field(
+        0,
+        ge=0,
+        description="so many of the groups only sample: from the base model, checkpoints, and snapshots once "
+        "they are on disk; no run lives there",
     )
     sharding: Literal["single", "expert_parallel", "zero3"] = Field(
         "single",
@@ -211,6 +225,14 @@ class ModelConfig(Strict):
     )
     sampler: SamplerConfig = SamplerConfig()
     planner: PlannerConfig = PlannerConfig()
+
+    @model_validator(mode="after")
+    def _some_group_trains(self) -> ModelConfig:
+        if self.sampling_groups >= self.groups:
+            raise ValueError(
+                f"sampling_groups {self.sampling_groups} must be below groups {self.groups}: one must train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks_share(self) -> ModelConfig:

@@ -84,6 +84,7 @@ class EchoGroup:
         self.is_up = True
         self.bytes_per_page = 0
         self.bytes_per_result = 0
+        self.decoded_s = 0.0  # in the last tick
 
     # the contract ---------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class EchoGroup:
             yield outcome
         yield TickReport(
             tick.tick_id,
-            {"passes": self.pass_s if tick.passes else 0.0},
+            {"passes": self.pass_s if tick.passes else 0.0, "sample": self.decoded_s},
             len(self.active),
             {"paged_host_bytes": self.bytes_per_page * len(self.paged)},
         )
@@ -247,9 +248,10 @@ class EchoGroup:
         for sample in tick.samples:
             seconds = self.decode_s * (sample.request.params.max_tokens or 1)
             self.active[sample.request_id] = ActiveSample(sample, seconds, self._weights(sample.adapter))
+        self.decoded_s = 0.0
         if not self.active or tick.decode_budget_s == 0:
             return
-        step = min(tick.decode_budget_s, max(a.seconds_left for a in self.active.values()))
+        self.decoded_s = step = min(tick.decode_budget_s, max(a.seconds_left for a in self.active.values()))
         await asyncio.sleep(step)
         for request_id, active in list(self.active.items()):
             active.seconds_left -= step

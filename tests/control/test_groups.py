@@ -32,6 +32,7 @@ class World:
     def __init__(self, root: Path, num_groups: int = 2) -> None:
         self.root = root
         self.num_groups = num_groups
+        self.num_sampling = 0
         self.groups: dict[str, EchoGroup] = {}
         self.files: dict[str, Any] = {}
         self.stored: dict[str, Any] = {}
@@ -41,7 +42,14 @@ class World:
     def config(self, num_groups: int) -> Config:
         return Config.model_validate(
             {
-                "models": [{"name": "base", "path": "nowhere", "groups": num_groups}],
+                "models": [
+                    {
+                        "name": "base",
+                        "path": "nowhere",
+                        "groups": num_groups,
+                        "sampling_groups": self.num_sampling,
+                    }
+                ],
                 "storage": {"snapshot_every_steps": 1},
             }
         )
@@ -223,3 +231,53 @@ async def test_what_is_not_served_is_answered_with_what_is(world: World) -> None
     async with world.up() as client:
         with pytest.raises(NotFound, match=r"'other' is not served here; there is: base$"):
             await client.plane.create_model(TENANT, client.session, 0, "other", LoraSpec(8), {})
+
+
+# Groups that only sample ----------------------------------------------------------------------------------
+
+
+def sampled_in(world: World) -> set[str]:
+    """The groups that were given samples so far."""
+    return {name for name, group in world.groups.items() if any(tick.samples for tick in group.ticks)}
+
+
+@virtual
+async def test_no_run_lives_in_a_group_that_only_samples(world: World) -> None:
+    world.num_groups, world.num_sampling = 3, 1
+    async with world.up() as client:
+        runs = [await client.create(number) for number in range(6)]
+        assert {world.home(run) for run in runs} == {"base", "base#2"}
+        sampler = await world.plane.create_sampler(TENANT, client.session, 0, "base", None)
+        for _ in range(5):
+            await client.result(await client.sample(sampler))
+        assert sampled_in(world) == {"base#3"}
+
+
+@virtual
+async def test_snapshots_are_sampled_elsewhere_once_they_are_on_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.num_sampling = 1
+    async with world.up() as client:
+        monkeypatch.setattr(world.plane._sampling, "_path_of", lambda sampler_id: None)
+        run = await client.create()
+        await client.do(run, 1, pass_command("one"))
+        sampler = (await client.do(run, 2, SnapshotCommand(0)))["sampling_session_id"]
+        at_once = await client.sample(sampler, max_tokens=300)
+        await client.do(run, 3, pass_command("two"))
+        monkeypatch.undo()
+        later = await client.sample(sampler)
+        assert await client.result(at_once) == await client.result(later) == ("create", "one")
+        assert sampled_in(world) == {FIRST, SECOND}
+        assert not any(tick.passes for tick in world.groups[SECOND].ticks)
+
+
+@virtual
+async def test_checkpoints_are_sampled_in_the_group_that_only_samples(world: World) -> None:
+    world.num_sampling = 1
+    async with world.up() as client:
+        run = await client.create()
+        path = (await client.do(run, 1, SaveCommand("sampler_weights", "n")))["path"]
+        sampler = await world.plane.create_sampler(TENANT, client.session, 0, None, path)
+        assert await client.result(await client.sample(sampler)) == ("create",)
+        assert sampled_in(world) == {SECOND}

@@ -25,6 +25,7 @@ from twinkle_serve.control.quotas import Reason
 from twinkle_serve.control.recovery import corrupt
 from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
+from twinkle_serve.control.sharing import DecodeCredit
 from twinkle_serve.control.suspects import Suspects
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample, Tick, TickReport
 
@@ -54,11 +55,13 @@ class GroupDriver:
         recover: Recover,
         keeper: Keeper | None = None,
         name: str | None = None,
+        samples_only: bool = False,
     ) -> None:
-        """name: of the group, where its base model has several."""
+        """name: of the group, where its base model has several. samples_only: no run lives in it."""
         self.group = group
         self.books = books
         self.name = name or group.info.name
+        self.samples_only = samples_only
         self.lost: GroupLost | None = None
         self.residency = Residency(group.info.max_slots)
         self.planner = Planner(
@@ -79,6 +82,7 @@ class GroupDriver:
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
         books.watch.add_group(replace(group.info, name=self.name), config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
+        self._decode_credit = DecodeCredit(config.sampler.share)
         self._flights: dict[str, Flight] = {}
         self._num_sequences = 0
         self._num_silent_reports = 0
@@ -330,6 +334,7 @@ class GroupDriver:
 
     def _read(self, report: TickReport) -> None:
         self.books.watch.tick_ended(self.name, report)
+        self._decode_credit.tick_ended(report.seconds, still_wanted=report.active_samples > 0)
         if self._keeper is not None:
             self._keeper.ticked(self.name, report.seconds)
         was_full, self._reported = self.is_full(), report.gauges
@@ -359,7 +364,7 @@ class GroupDriver:
             left = window.company_until - self.books.clock.now()
             return max(_MIN_DECODE_BUDGET_S, min(self._decode_budget_s, left))
         if window.work or self.planner.has_work:
-            return self._decode_budget_s
+            return max(self._decode_budget_s, self._decode_credit.seconds)
         return max(
             self._decode_budget_s, min(_IDLE_BUDGET_FACTOR * self._decode_budget_s, _MAX_DECODE_BUDGET_S)
         )

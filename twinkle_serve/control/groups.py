@@ -23,6 +23,11 @@ def group_names(model: ModelConfig) -> list[str]:
     return [model.name, *(f"{model.name}#{number}" for number in range(2, model.groups + 1))]
 
 
+def sampling_group_names(model: ModelConfig) -> list[str]:
+    """The last ones of them, where no run lives."""
+    return group_names(model)[model.groups - model.sampling_groups :]
+
+
 def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
     """Raises NotFound."""
     found = [driver for driver in drivers.values() if driver.group.info.name == base_model]
@@ -35,7 +40,7 @@ def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
 def place_run(books: Books, drivers: Drivers, run: Run) -> None:
     """Give the run a home: of the groups of its base model that are up, the one with the fewest runs that
     somebody is there for. Raises NotFound."""
-    candidates = groups_of(drivers, run.record.base_model)
+    candidates = [d for d in groups_of(drivers, run.record.base_model) if not d.samples_only]
     if len(candidates) > 1:
         runs = Counter(
             other.home
@@ -47,7 +52,9 @@ def place_run(books: Books, drivers: Drivers, run: Run) -> None:
 
 
 def place_sample(drivers: Drivers, base_model: str) -> GroupDriver:
-    """Where to sample from weights that any group can load: where least waits. Raises NotFound."""
+    """Where to sample from weights that any group can load: of the groups that only sample, or of all if
+    there are none, where least waits. Raises NotFound."""
     return min(
-        groups_of(drivers, base_model), key=lambda driver: (driver.lost is not None, driver.num_sequences)
+        groups_of(drivers, base_model),
+        key=lambda driver: (driver.lost is not None, not driver.samples_only, driver.num_sequences),
     )

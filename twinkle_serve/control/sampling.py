@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twinkle_serve.config import LimitsConfig
@@ -56,11 +56,14 @@ class Sampling:
         limits: LimitsConfig,
         driver_of: Callable[[str, str | None], GroupDriver],
         open_promise: OpenPromise,
+        path_of: Callable[[str], str | None] | None = None,
     ) -> None:
+        """path_of: a snapshot's file, if it is on disk by now; None where snapshots are not written."""
         self._books = books
         self._limits = limits
         self._driver_of = driver_of
         self._open_promise = open_promise
+        self._path_of = path_of or (lambda sampler_id: None)
         self._pending: OrderedDict[str, _Pending] = OrderedDict()  # the longest unasked for first
         self._completions = Completions(books.promises, books.clock, time.time())
 
@@ -77,8 +80,13 @@ class Sampling:
         sampler = self._books.samplers.usable(tenant, sampler_id)
         # A snapshot is in the group that made it; other weights can be loaded by any.
         source = self._books.samplers.source(sampler)
-        driver = self._driver_of(sampler.record.base_model, source.home)
         adapter = None if isinstance(request, Failure) else self._adapter(source)
+        driver = self._driver_of(sampler.record.base_model, None)
+        if adapter is not None and source.record.snapshot is not None and driver.name != source.home:
+            path = self._path_of(source.record.sampler_id) if driver.samples_only else None
+            adapter = replace(adapter, directory=path or adapter.directory)
+            if path is None:
+                driver = self._driver_of(sampler.record.base_model, source.home)
         request_id = self._open_promise(tenant, ("sampler", sampler_id, seq_id))
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
         answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]

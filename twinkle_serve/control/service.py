@@ -24,7 +24,7 @@ from twinkle_serve.control.custom_losses import loss_id_for
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.group import Group, GroupLost
-from twinkle_serve.control.groups import groups_of, place_run, place_sample
+from twinkle_serve.control.groups import groups_of, place_run, place_sample, sampling_group_names
 from twinkle_serve.control.insight import cluster_view, gap_in_words, in_words, measure, run_insight
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.management import Management
@@ -94,7 +94,11 @@ class ControlPlane(Management):
         for name, group in groups.items():
             self._drivers[name] = self._make_driver(name, group, models[group.info.name])
         self._sampling = Sampling(
-            self._books, config.limits, self._sampling_driver, partial(self._open, sampling=True)
+            self._books,
+            config.limits,
+            self._sampling_driver,
+            partial(self._open, sampling=True),
+            None if self._keeper is None else self._keeper.path_of_sampler,
         )
         self._gap_timers: dict[str, Timer] = {}
         self._making: dict[str, asyncio.Future[str]] = {}
@@ -107,7 +111,8 @@ class ControlPlane(Management):
 
     def _make_driver(self, name: str, group: Group, config: ModelConfig) -> GroupDriver:
         weight = self._books.quotas.weight
-        return GroupDriver(group, self._books, config, weight, self._recover, self._keeper, name)
+        only = name in sampling_group_names(config)
+        return GroupDriver(group, self._books, config, weight, self._recover, self._keeper, name, only)
 
     async def start(self) -> None:
         if self._keeper is not None:
