@@ -321,3 +321,18 @@ async def test_results_that_were_fetched_make_room_for_others_and_stay_gone():
     async with store.opened() as plane:
         states = [(await plane.poll(TENANT, request, 0)).state for request in requests]
         assert states[1] == "gone"
+
+
+@virtual
+async def test_a_laptop_that_slept_through_a_restart_goes_on():
+    store = Store(snapshot_every_s=1e9)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a"))
+        await asyncio.sleep(620)
+        assert store.journal.rows[run].snapshots[0].covered == 1
+    async with store.opened(EchoGroup()) as plane:
+        await asyncio.sleep(3600)
+        assert await plane.heartbeat(TENANT, client.session)
+        assert await again(client, plane).do(run, 2, pass_command("b")) == ("create", "a", "b")
