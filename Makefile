@@ -36,6 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 	    -c constraints.txt -e '.[dev,sharding]'
+	# Tests use its tools; what it asks for besides is there, or nothing that they need.
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps tinker-cookbook==0.6.1
 	@touch $@
 
 demo: $(STAMP)

@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     keys = command("keys", keys_command, "Give out, list, rotate and revoke API keys (auth.mode keys).")
     keys.add_argument("action", choices=["create", "list", "rotate", "revoke"])
     keys.add_argument("name", nargs="?", help="whom the key is for")
+    export = command("export", export_command, "Copy a checkpoint's adapter out of the storage.")
+    export.add_argument("path", metavar="tinker://RUN/KIND/NAME")
+    export.add_argument("output", type=Path, help="a directory that does not exist yet")
+    export.add_argument("--merged", action="store_true", help="merge it into its base model")
     losses = command("losses", losses_command, "Allow, list and verify losses with code of their own.")
     losses.add_argument("action", choices=["add", "list", "verify"])
     losses.add_argument("path", nargs="?", help="directory, or ms://owner/name, with loss.json and loss.py")
@@ -156,6 +160,17 @@ def keys_command(config: Config, options: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
     finally:
         store.close()
+
+
+def export_command(config: Config, options: argparse.Namespace) -> None:
+    """Needs no running server, and does not disturb one."""
+    from twinkle_serve.exporting import export
+    from twinkle_serve.storage.checkpoints import CheckpointError
+
+    try:
+        print(export(config, options.path, options.output, options.merged))
+    except (ValueError, OSError, CheckpointError) as error:
+        raise CommandError(str(error)) from None
 
 
 def losses_command(config: Config, options: argparse.Namespace) -> None:

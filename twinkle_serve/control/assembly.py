@@ -323,7 +323,7 @@ class Assembler:
             checkpoints.release(key_of(record))
 
         assembly.flights[entry.request_id] = Flight(entry.request_id, saved, over, over, outlives_tick=True)
-        manifest = _manifest(record)
+        manifest = _manifest(record) | _form(command, name)
         return lambda slot: assembly.saves.append(
             SaveAdapter(entry.request_id, slot, directory, record.has_optimizer, manifest)
         )
@@ -427,6 +427,15 @@ def _words(spec: LoraSpec) -> str:
         f"rank {spec.rank} (train_attn={spec.train_attn}, train_mlp={spec.train_mlp}, "
         f"train_unembed={spec.train_unembed})"
     )
+
+
+def _form(command: SaveCommand, name: str) -> dict[str, Any]:
+    """How an export is written. The cookbook's tools, which ask for encryption, want the hosted service's
+    layout; `tinker checkpoint download`, which does not, is to get what PEFT loads."""
+    if command.kind != "external_weights":
+        return {}
+    hosted = bool(command.age_recipients) or name.endswith(".tinker")
+    return {"layout": "tinker" if hosted else "peft", "age_recipients": list(command.age_recipients)}
 
 
 def _manifest(record: CheckpointRecord) -> dict[str, Any]:

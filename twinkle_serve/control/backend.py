@@ -62,13 +62,15 @@ class OptimCommand:
 @dataclass(frozen=True, slots=True)
 class SaveCommand:
     """save_weights ("weights"), a named sampler save ("sampler_weights") or an export
-    ("external_weights"). ``name`` None lets the server choose one."""
+    ("external_weights"). ``name`` None lets the server choose one. age_recipients: public keys to which
+    the files are encrypted; none: they are not."""
 
     kind: str
     name: str | None
     ttl_seconds: int | None = None
     overwrite: bool = False
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    age_recipients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ def decode_command(data: bytes) -> RunCommand:
         fields = {"params": AdamParams(**fields["params"])}
     elif kind is RejectedCommand:
         fields = {"failure": Failure(**fields["failure"])}
+    elif kind is SaveCommand:
+        fields = fields | {"age_recipients": tuple(fields.get("age_recipients", ()))}
     command: RunCommand = kind(**fields)
     return command
 

@@ -7,7 +7,7 @@ them, or how a directory is written atomically (storage/checkpoints.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from twinkle_serve.engine.layout import AdapterLayout
 from twinkle_serve.engine.peft_format import export_peft, import_peft
 from twinkle_serve.engine.slots import LORA_ALPHA, AdapterState
+from twinkle_serve.engine.tinker_format import export_tinker
 from twinkle_serve.storage import checkpoints
 
 CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
@@ -25,13 +26,29 @@ CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors",
 def save_adapter(
     directory: str, state: AdapterState, layout: AdapterLayout, base_model: str, manifest: Mapping[str, Any]
 ) -> int:
-    """Write ``state`` as a checkpoint, with the moments if it has any. Returns the size in bytes."""
+    """Write ``state`` as a checkpoint, with the moments if it has any. Returns the size in bytes.
+
+    The manifest's ``layout`` "tinker" means that of the hosted service instead of PEFT's, which cannot be
+    loaded here again. With ``age_recipients`` in it each file is encrypted to them.
+    """
     config, tensors = export_peft(layout, state.weights, state.spec, base_model, LORA_ALPHA)
+    if manifest.get("layout") == "tinker":
+        tensors = export_tinker(layout, state.weights, state.spec)
     files = {CONFIG: json.dumps(config, indent=1, sort_keys=True).encode(), WEIGHTS: save(tensors)}
     if state.exp_avg is not None and state.exp_avg_sq is not None:
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         files[OPTIMIZER] = save({name: block.contiguous() for name, block in moments.items()})
+    if manifest.get("age_recipients"):
+        files = encrypted(files, manifest["age_recipients"])
     return checkpoints.write_checkpoint(directory, files, {**manifest, "step": state.step})
+
+
+def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str, bytes]:
+    """The same files as age (age-encryption.org) has them; their names say so."""
+    import pyrage  # few exports need it
+
+    keys = [pyrage.x25519.Recipient.from_str(key) for key in recipients]
+    return {f"{name}.age": pyrage.encrypt(content, keys) for name, content in files.items()}
 
 
 def load_adapter(directory: str, layout: AdapterLayout, optimizer: bool) -> AdapterState:

@@ -21,6 +21,7 @@ from twinkle_serve.gateway.context import Authenticated, Gateway, gateway_of
 from twinkle_serve.gateway.http import reply
 from twinkle_serve.gateway.links import resource_path
 from twinkle_serve.protocol.errors import Absent
+from twinkle_serve.storage.checkpoints import MANIFEST
 
 router = APIRouter(tags=["downloads"])
 _ALL = "archive.tar"
@@ -40,6 +41,8 @@ async def external_weights_urls(
     """A link for each file."""
     expires, urls = 0, {}
     for file in await call.backend.checkpoint_files(call.tenant, path):
+        if file == MANIFEST:  # what the server keeps for itself
+            continue
         urls[file], expires = _link(call.gateway, request, call.tenant, run_id, kind, name, file)
     return reply({"urls": urls, "expires": datetime.fromtimestamp(expires, UTC).isoformat()})
 

@@ -8,6 +8,7 @@ for that number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ from twinkle_serve.protocol.forward import (
     uploaded_loss_id,
 )
 from twinkle_serve.protocol.paths import parse_path, validate_name
+from twinkle_serve.protocol.recipients import check_recipients
 from twinkle_serve.protocol.results import PROTOBUF
 
 router = APIRouter(tags=["training"])
@@ -210,11 +212,10 @@ def _save_for_sampler(raw: Mapping[str, Any]) -> SaveCommand | SnapshotCommand:
 
 def _save_external(raw: Mapping[str, Any]) -> SaveCommand:
     body = wire.read(wire.SaveExternal, raw)
-    if body.age_encryption_recipients:
-        raise UserError("age_encryption_recipients: encrypted exports are not served")
     if body.path is None:
         raise UserError("path: an export needs a name")
-    return _save("external_weights", body)
+    recipients = check_recipients(body.age_encryption_recipients)
+    return replace(_save("external_weights", body), age_recipients=recipients)
 
 
 def _load(raw: Mapping[str, Any]) -> LoadCommand:

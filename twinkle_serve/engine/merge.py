@@ -1,0 +1,172 @@
+"""An adapter added into its base model: a Hugging Face directory that needs no LoRA to be served.
+
+Works tensor by tensor on files, without loading the model: one tensor is in memory at a time. Knows the
+names of PEFT's keys and of base models' tensors, experts one by one or fused. Does not know checkpoints'
+owners or where they are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
+
+_PREFIX = "base_model.model."
+_INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Configuration, tokenizer and chat template; never code.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a tensor of the result comes from. name: in the file; result: in the merged model."""
+
+    name: str
+    result: str
+    file: Path
+
+
+def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> int:
+    """Write the merged model to the new directory ``output``. Returns how many tensors the adapter changed.
+
+    Raises ValueError if the adapter is not one of this base model, FileExistsError.
+    """
+    base, adapter, output = Path(base), Path(adapter), Path(output)
+    output.mkdir(parents=True)
+    try:
+        delta = _Delta(adapter)
+        sources = list(_sources(base, delta))
+        index: dict[str, str] = {}
+        for name in sorted({source.file.name for source in sources}):
+            part = [source for source in sources if source.file.name == name]
+            _write(output / name, part, delta)
+            index |= {source.result: name for source in part}
+        unused = delta.unused
+        if unused:
+            raise ValueError(f"the base model has no tensor for {unused[0]} and {len(unused) - 1} more")
+        _copy_rest(base, output, index, untied=any(s.result == _HEAD != s.name for s in sources))
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    return delta.num_changed
+
+
+def _sources(base: Path, delta: _Delta) -> Iterator[_Source]:
+    """Every tensor of the result; a tied unembedding that the adapter changes gets a tensor of its own."""
+    files = sorted(base.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{base.name} has no safetensors files")
+    names: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    for name, file in names.items():
+        yield _Source(name, name, file)
+    if delta.touches(_HEAD) and _HEAD not in names:
+        yield _Source(_EMBEDDING, _HEAD, names[_EMBEDDING])
+
+
+class _Delta:
+    """What an adapter adds to each tensor."""
+
+    def __init__(self, directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_bytes())
+        self._scale = config["lora_alpha"] / config["r"]
+        self._file = safe_open(directory / WEIGHTS, "pt")
+        keys = list(self._file.keys())
+        self._modules = {key.removesuffix(".lora_A.weight"): False for key in keys if ".lora_A." in key}
+        self.num_changed = 0
+
+    @property
+    def unused(self) -> list[str]:
+        return [module for module, used in self._modules.items() if not used]
+
+    def touches(self, name: str) -> bool:
+        return _PREFIX + name.removesuffix(".weight") in self._modules
+
+    def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` with what the adapter has for it, computed in float32, in its own type."""
+        if name.endswith(".experts.gate_up_proj"):
+            parts = self._experts(name.removesuffix("gate_up_proj"), ("gate_proj", "up_proj"), weight)
+        elif name.endswith(".experts.down_proj"):
+            parts = self._experts(name.removesuffix("down_proj"), ("down_proj",), weight)
+        else:
+            module = _PREFIX + name.removesuffix(".weight")
+            parts = None if module not in self._modules else self._product(module)
+        if parts is None:
+            return weight
+        if parts.shape != weight.shape:
+            raise ValueError(
+                f"{name} is {list(weight.shape)}, but the adapter's part for it {list(parts.shape)}"
+            )
+        self.num_changed += 1
+        return (weight.float() + parts).to(weight.dtype)
+
+    def _experts(
+        self, prefix: str, projections: tuple[str, ...], weight: torch.Tensor
+    ) -> torch.Tensor | None:
+        """For a fused tensor ``[experts, out, in]``: the projections one below the other."""
+        modules = [
+            [f"{_PREFIX}{prefix}{expert}.{name}" for name in projections] for expert in range(weight.shape[0])
+        ]
+        if modules[0][0] not in self._modules:
+            return None
+        return torch.stack([torch.cat([self._product(module) for module in row]) for row in modules])
+
+    def _product(self, module: str) -> torch.Tensor:
+        self._modules[module] = True
+        a = self._file.get_tensor(f"{module}.lora_A.weight").float()
+        b = self._file.get_tensor(f"{module}.lora_B.weight").float()
+        product: torch.Tensor = self._scale * (b @ a)
+        return product
+
+
+def _write(path: Path, part: list[_Source], delta: _Delta) -> None:
+    """A safetensors file, written as its tensors are made: shapes and types are those of the base model."""
+    with safe_open(part[0].file, "pt") as base, path.open("wb") as file:
+        header, end = {}, 0
+        described = _header_of(part[0].file)
+        for source in part:
+            entry = described[source.name]
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            header[source.result] = entry | {"data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for source in part:
+            merged = delta.add_to(source.result, base.get_tensor(source.name)).contiguous()
+            file.write(merged.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+    return header
+
+
+def _copy_rest(base: Path, output: Path, index: Mapping[str, str], untied: bool) -> None:
+    for pattern in _COPIED:
+        for path in base.glob(pattern):
+            if path.is_file() and path.name != _INDEX:
+                shutil.copyfile(path, output / path.name)
+    config = json.loads((base / "config.json").read_bytes())
+    config.pop("auto_map", None)
+    if untied:
+        config["tie_word_embeddings"] = False
+    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if len(set(index.values())) > 1:
+        size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+        document = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
+        (output / _INDEX).write_text(json.dumps(document, indent=1) + "\n")

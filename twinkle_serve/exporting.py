@@ -1,0 +1,55 @@
+"""``twinkle-serve export``: a checkpoint's adapter out of the storage, alone or merged into its base model.
+
+Knows where checkpoints and base models lie on the operator's machine. Does not need a running server, and
+asks nobody who owns what.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from twinkle_serve.config import Config
+from twinkle_serve.protocol.paths import parse_path
+from twinkle_serve.storage import checkpoints
+from twinkle_serve.storage.catalog import Catalog
+
+
+def export(config: Config, path: str, output: Path, merged: bool) -> str:
+    """Write the checkpoint at a ``tinker://`` path to the new directory ``output``; a line about it.
+
+    Raises ValueError, checkpoints.CheckpointError, FileExistsError.
+    """
+    from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
+    from twinkle_serve.engine.merge import merge_adapter
+
+    directory = _directory(config, path)
+    manifest = checkpoints.verify(directory)
+    if manifest.get("layout") == "tinker":
+        raise ValueError(f"{path} is an export for other tools; export what it was made from")
+    if merged:
+        base = _base_model(config, manifest["base_model"])
+        changed = merge_adapter(base, directory, output)
+        return f"{output}: {manifest['base_model']} with {changed} tensors changed by {path}"
+    output.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(Path(directory) / name, output / name)
+    return f"{output}: the adapter of {path}, for PEFT"
+
+
+def _directory(config: Config, path: str) -> str:
+    parsed = parse_path(path)
+    catalog = Catalog(config.storage.root, config.storage.catalog_url)
+    try:
+        return catalog.directory_for(parsed.run_id, parsed.kind, parsed.name)
+    finally:
+        catalog.close()
+
+
+def _base_model(config: Config, name: str) -> Path:
+    from twinkle_serve.hub.models import resolve_model
+
+    for model in config.models:
+        if model.name == name:
+            return resolve_model(model.path, model.revision)
+    raise ValueError(f"the checkpoint belongs to {name}, which this configuration does not serve")
