@@ -20,6 +20,8 @@ help:
 	@echo "make bench-quick       only shows that each part of it works (minutes)"
 	@echo "make bench-engine      many tenants in one pass beside one after another, and adapter paging"
 	@echo "make bench-sampling    tokens a second beside transformers.generate"
+	@echo "make bench-sharding    a step on one rank and on two, and the bytes that ranks send"
+	@echo "make test-sharding     the long form: four ranks, 100 random ticks, real shapes (3.7 GB of disk)"
 	@echo "make bench-durability  cost of journal and snapshots on a training step"
 	@echo "make bench-flood       one flooding and four modest tenants"
 	@echo "make docs              build/site from docs/"
@@ -75,6 +77,12 @@ bench-sampling: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
+
+bench-sharding: $(STAMP)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.sharding
+
+test-sharding: $(STAMP)
+	TWINKLE_SHARDING_LONG=1 $(BIN)/python -m pytest tests/engine/sharding --durations=10
 
 test-faults: $(STAMP)
 	TWINKLE_SCHEDULES=100000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage

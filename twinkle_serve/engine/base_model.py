@@ -189,7 +189,7 @@ def _sharding(config: ModelConfig, ranks: Ranks, device: torch.device) -> Shardi
     if ranks.size == 1:
         return Sharding(ranks)
     if config.sharding == "expert_parallel":
-        return ExpertParallel(ranks, device)
+        return ExpertParallel(ranks, device, config)
     assert config.sharding == "zero3"
     return Zero3(ranks, device)
 

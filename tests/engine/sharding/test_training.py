@@ -12,7 +12,7 @@ import torch
 from tests.engine.sharding import remote
 from tests.engine.sharding.compare import Both, passes
 from tests.engine.sharding.conftest import BothFactory
-from tests.engine.ticks import random_batch
+from tests.engine.ticks import make_sample, random_batch
 from twinkle_serve.protocol.data import AdamParams, Column, DatumBatch, LoraSpec
 from twinkle_serve.protocol.work import OptimStep, PageIn, PageOut
 
@@ -58,6 +58,18 @@ def test_mixed_tenants_ranks_and_losses(both: BothFactory, sharding: str, checkp
     pair.assert_same_slots([0])
     for slot in (1, 2):
         assert pair.state(slot).grads is None
+
+
+def test_all_to_all_does_the_same(both: BothFactory) -> None:
+    """With checkpointing, which sends everything again, and with a rank that has a row of its own only."""
+    pair = both("expert_parallel", expert_dispatch="all_to_all", activation_checkpointing=True)
+    pair.create(SPECS)
+    pair.run(**passes(work(1, [[9, 2, 31, 4], [17], [3, 3, 8]]), tokens=40))
+    step_all(pair)
+    pair.run(**passes(work(2, [[2]])))
+    pair.assert_same_slots([0])
+    samples = tuple(make_sample(f"x{i}", [1, 2, i], max_tokens=6, seed=i) for i in range(3))
+    pair.run(samples=samples, decode_budget_s=60.0)
 
 
 @ways

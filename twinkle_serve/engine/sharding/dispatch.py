@@ -99,6 +99,15 @@ class ExpertDispatch:
         self.segments.set(make_segments(padded))
         self.collectives.begin("forward", self.num_rows)
 
+    def enter_backward(self) -> None:
+        self.collectives.begin("backward")
+
+    def rehearsed(self) -> None:
+        self.collectives.keep()
+
+    def complete(self) -> None:
+        self.collectives.complete()
+
     def __call__(
         self, module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine.sharding.all_to_all import AllToAllDispatch
 from twinkle_serve.engine.sharding.dispatch import ExpertDispatch, local_index
 from twinkle_serve.engine.sharding.families import MIXTURES
 from twinkle_serve.engine.sharding.files import WeightFiles
@@ -29,9 +30,10 @@ class ExpertParallel(Sharding):
 
     splits_experts = True
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, config: ModelConfig) -> None:
         super().__init__(ranks)
-        self.dispatch: ExpertDispatch = ExpertDispatch(ranks, device)
+        make = AllToAllDispatch if config.expert_dispatch == "all_to_all" else ExpertDispatch
+        self.dispatch: ExpertDispatch | AllToAllDispatch = make(ranks, device)
 
     def load(
         self,
@@ -101,10 +103,10 @@ class ExpertParallel(Sharding):
         self.dispatch.enter(by_rank)
 
     def enter_backward(self) -> None:
-        self.dispatch.collectives.begin("backward")
+        self.dispatch.enter_backward()
 
     def rehearsed(self) -> None:
-        self.dispatch.collectives.keep()
+        self.dispatch.rehearsed()
 
     def complete(self) -> None:
-        self.dispatch.collectives.complete()
+        self.dispatch.complete()
