@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -123,6 +124,50 @@ def test_the_run_that_was_touched_longest_ago_is_forgotten() -> None:
     histories = Histories(most=2)
     for run in ("a", "b", "a", "c"):
         histories.of(run).report(1, 0.0, {"reward": 1.0})
-    assert histories.look("b").view()["reported"] == {}
-    assert histories.look("a").view()["reported"]["reward"] == [1.0, 1.0]
-    assert histories.look("nobody").view()["num_steps"] == 0
+    assert histories.of("a").view()["reported"]["reward"] == [1.0, 1.0]
+    assert histories.of("b").view()["reported"] == {}
+    assert histories.of("nobody").view()["num_steps"] == 0
+
+
+def test_what_changed_is_told_once() -> None:
+    histories = Histories()
+    histories.of("a").report(1, 0.0, {"reward": 1.0})
+    histories.of("b")
+    assert [run for run, _ in histories.changed()] == ["a"]
+    assert histories.changed() == []
+    histories.of("a").report(2, 0.0, {"reward": 1.0})
+    assert [run for run, _ in histories.changed()] == ["a"]
+
+
+def test_a_history_goes_on_where_it_was_saved() -> None:
+    first = Histories()
+    first._runs["run"] = trained(3.0, 2.0)
+    first._saved["run"] = 0
+    ((_, state),) = first.changed()
+    second = Histories()
+    second.load = lambda run_id: json.loads(json.dumps(state))
+    history = second.of("run")
+    assert history.view() == trained(3.0, 2.0).view()
+    assert second.changed() == [], "nothing is new"
+    # The last step is done again, then a new one.
+    for number, loss in [(3, 2.5), (5, 1.0)]:
+        history.add_pass(number, {"loss:sum": loss, "weight:sum": 1.0}, 10, True)
+        history.add_step(number + 1, 0.0, 1e-4, {})
+    assert history.view()["steps"]["loss"] == [3.0, 2.5, 1.0]
+    assert history.view()["total_tokens"] == 30
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"steps": 1, "reported": {}},
+        {"steps": {"a": [1], "b": [1, 2]}, "reported": {}},
+        {"steps": {"a": ["x"]}, "reported": {}},
+        {"steps": {"a": [1.0] * 10_000}, "reported": {}},
+    ],
+)
+def test_what_makes_no_sense_is_an_empty_history(state: dict) -> None:
+    histories = Histories()
+    histories.load = lambda run_id: state
+    assert histories.of("run").view()["num_steps"] == 0

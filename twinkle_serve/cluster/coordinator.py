@@ -29,6 +29,7 @@ from twinkle_serve.control.spans import TRACE_PARENT
 from twinkle_serve.logs import configure_logs
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 from twinkle_serve.storage.catalog import Catalog
+from twinkle_serve.storage.histories import HistoryFiles
 from twinkle_serve.storage.journal import Journal
 from twinkle_serve.storage.ledger import Ledger
 from twinkle_serve.storage.states import StateFiles
@@ -39,6 +40,7 @@ NAME = "coordinator"
 NAMESPACE = "twinkle-serve"
 METHODS = frozenset(name for name in vars(Backend) if not name.startswith("_"))
 _GAUGES_EVERY_S = 5.0
+_CURVES_EVERY_S = 30.0
 # Each long poll of each client is one call that waits.
 _RELOAD_S = 30.0
 MAX_WAITING_CALLS = 100_000
@@ -81,6 +83,8 @@ class Coordinator:
         self._life: asyncio.Task[None] | None = None
         self._pinged_at = time.monotonic()
         self._failed_at = 0.0
+        self._curves = HistoryFiles(config.storage.root)
+        self._curves_at = 0.0
 
     async def call(self, method: str, arguments: tuple[Any, ...], trace_parent: str | None = None) -> Any:
         """One Backend method. Returns its result, or a Refusal: an exception would reach the caller with
@@ -125,6 +129,7 @@ class Coordinator:
         plane, self._plane = self._plane, None
         if plane is not None:
             await plane.close()
+            await self._save_curves(plane)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
         self._catalog.close()
@@ -145,12 +150,19 @@ class Coordinator:
             if self._plane is not None:
                 self._plane.measure()
                 self._grow()
+                if time.monotonic() - self._curves_at > _CURVES_EVERY_S:
+                    await self._save_curves(self._plane)
             elif time.monotonic() - self._failed_at > _RELOAD_S:
                 # After a crash the machine may be short of something for a while; clients are waiting.
                 await self._try_to_load()
         _log.warning("nobody has asked for this service for %g s: it ends", patience)
         await self.stop()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _save_curves(self, plane: ControlPlane) -> None:
+        """Of what came after the last time, recovery does most again."""
+        self._curves_at = time.monotonic()
+        await asyncio.to_thread(self._curves.save, plane.watch.histories.changed())
 
     async def _try_to_load(self) -> None:
         try:
@@ -185,6 +197,7 @@ class Coordinator:
             meter=RayMeter(),
         )
         plane.watch.spans.export = span_exporter(self._config.monitoring.otlp_endpoint, "coordinator")
+        plane.watch.histories.load = self._curves.load
         await plane.start()
         self._plane = plane
         self._status = Status("ready", "ready")

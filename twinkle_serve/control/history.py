@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,18 @@ class Curves:
     def last(self, name: str) -> float | None:
         column = self._columns.get(name)
         return column[-1] if column and not math.isnan(column[-1]) else None
+
+    @classmethod
+    def restored(cls, columns: Mapping[str, list[float | None]]) -> Curves:
+        """From what ``columns`` gave. Raises ValueError or TypeError for what it cannot have given."""
+        curves = cls()
+        lengths = {len(column) for column in columns.values()}
+        if len(lengths) > 1 or max(lengths, default=0) > MAX_POINTS or len(columns) > MAX_NAMES:
+            raise ValueError("these are not curves")
+        for name, column in columns.items():
+            curves._columns[name] = array("d", [math.nan if v is None else float(v) for v in column])
+        curves._length = curves.version = max(lengths, default=0)
+        return curves
 
     def columns(self) -> dict[str, list[float | None]]:
         """For JSON, which has no NaN."""
@@ -134,6 +146,18 @@ class RunHistory:
             "reported": self.reported.columns(),
         }
 
+    def state(self) -> dict[str, Any]:
+        """What ``restored`` needs. Passes since the last step are not in it: recovery does them again."""
+        return {"steps": self.steps.columns(), "reported": self.reported.columns()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> RunHistory:
+        """An empty one if ``state`` makes no sense."""
+        try:
+            return cls(Curves.restored(state["steps"]), Curves.restored(state["reported"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return cls()
+
     @property
     def version(self) -> int:
         """Changes whenever ``view`` does."""
@@ -164,22 +188,31 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Histories:
-    """The histories of all runs; the one that was touched longest ago goes when there are too many."""
+    """The histories of all runs; the one that was touched longest ago goes when there are too many.
+
+    load: what is known of a run from before, as ``RunHistory.state`` gave it.
+    """
 
     def __init__(self, most: int = MAX_RUNS) -> None:
         self._most = most
         self._runs: OrderedDict[str, RunHistory] = OrderedDict()
+        self._saved: dict[str, int] = {}
+        self.load: Callable[[str], Mapping[str, Any] | None] = lambda run_id: None
 
     def of(self, run_id: str) -> RunHistory:
-        """To add to it."""
         history = self._runs.get(run_id)
         if history is None:
-            history = self._runs[run_id] = RunHistory()
+            state = self.load(run_id)
+            history = self._runs[run_id] = RunHistory() if state is None else RunHistory.restored(state)
+            self._saved[run_id] = history.version
             if len(self._runs) > self._most:
-                self._runs.popitem(last=False)
+                gone, _ = self._runs.popitem(last=False)
+                del self._saved[gone]
         self._runs.move_to_end(run_id)
         return history
 
-    def look(self, run_id: str) -> RunHistory:
-        """To read it; an empty one if nothing is known."""
-        return self._runs.get(run_id) or RunHistory()
+    def changed(self) -> list[tuple[str, dict[str, Any]]]:
+        """The states of those that have changed since the last call."""
+        found = [(run_id, h) for run_id, h in self._runs.items() if h.version != self._saved[run_id]]
+        self._saved.update((run_id, history.version) for run_id, history in found)
+        return [(run_id, history.state()) for run_id, history in found]

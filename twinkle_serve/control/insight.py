@@ -62,7 +62,7 @@ def _journal_lag(books: Books, keeper: Keeper | None) -> float:
 
 def run_insight(books: Books, driver: GroupDriver, run: Run) -> dict[str, Any]:
     """A run's curves, and what it is doing."""
-    return {**books.watch.histories.look(run.run_id).view(), "status": _run_status(driver, run)}
+    return {**books.watch.histories.of(run.run_id).view(), "status": _run_status(driver, run)}
 
 
 def _run_status(driver: GroupDriver, run: Run) -> dict[str, Any]:
