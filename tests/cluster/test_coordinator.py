@@ -138,7 +138,7 @@ async def test_a_large_result_outlives_the_rank_that_made_it(client: Coordinator
     run_id = await _new_run(client.backend)
     unfetched = await client.backend.submit("t", run_id, 1, _command(floats=200_000))
     await _answer(client.backend, await client.backend.submit("t", run_id, 2, _command()))
-    (pid,) = _pids(b"rank 0 of tiny")
+    (pid,) = _pids(b"RankWorker") or _pids(b"rank 0 of tiny")
     os.kill(pid, signal.SIGKILL)
     await _answer(client.backend, await client.backend.submit("t", run_id, 3, _command()))
     poll = await _answer(client.backend, unfetched)
