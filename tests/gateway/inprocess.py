@@ -68,13 +68,16 @@ async def control_plane(config: Config) -> AsyncIterator[ControlPlane]:
 
 
 @contextmanager
-def serving(config: Config) -> Iterator[str]:
-    """The service in a thread until the block ends; its URL."""
+def serving(config: Config, planes: list[ControlPlane] | None = None) -> Iterator[str]:
+    """The service in a thread until the block ends; its URL. planes: where its control plane is put, to be
+    looked at."""
     url: Future[str] = Future()
     stop = threading.Event()
 
     async def serve() -> None:
         async with control_plane(config) as plane:
+            if planes is not None:
+                planes.append(plane)
             app = create_app(lambda: plane, config)
             add_console(app)
             server = uvicorn.Server(

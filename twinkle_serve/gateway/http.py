@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from twinkle_serve.control.backend import Invalid, NotFound
@@ -106,6 +107,10 @@ def install_error_handlers(app: FastAPI) -> None:
         """A wrong method included: to the SDK an endpoint that is not served is one that is not found."""
         return refusal(404, f"{request.method} {request.url.path} is not served here")
 
+    async def gone(request: Request, error: Exception) -> Response:
+        """The client left before its request was whole: nobody reads this."""
+        return refusal(400, "the request ended early")
+
     async def internal(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return refusal(500, "internal error; the server's log says more")
@@ -115,6 +120,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(UserError, bad_request)
     app.add_exception_handler(Invalid, bad_request)
     app.add_exception_handler(NotFound, not_found)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(404, no_route)
     app.add_exception_handler(405, no_route)
     app.add_exception_handler(Exception, internal)
