@@ -7,9 +7,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.console.conftest import PATH, RUN
+from tests.console.conftest import KEY, PATH, RUN, sign_in
 from tests.gateway.scripted import ScriptedBackend
+from twinkle_serve.config import Config
+from twinkle_serve.console.app import add_console
 from twinkle_serve.control.backend import NotFound
+from twinkle_serve.gateway.app import create_app
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,33 @@ async def test_publishing(
     assert (answer.status_code, answer.headers["location"]) == (303, f"/console/checkpoints?done={done}")
     assert backend.asked("publish_checkpoint")[0][1:] == (PATH, public)
     assert 'role="status"' in (await browser.get(answer.headers["location"])).text
+
+
+class Pusher:
+    """Stands for gateway.publishing.Publisher, which needs a hub."""
+
+    def __init__(self) -> None:
+        self.pushed: list[tuple[str, str, dict[str, str]]] = []
+
+    async def push(self, tenant: str, key: str, path: str, files: dict[str, str]) -> str:
+        self.pushed.append((key, path, dict(files)))
+        return "ann/repository"
+
+
+async def test_publishing_pushes_with_the_visitors_own_token(
+    config: Config, backend: ScriptedBackend
+) -> None:
+    app = create_app(lambda: backend, config)
+    pusher = app.state.gateway.publisher = Pusher()
+    add_console(app)
+    backend.files["adapter_config.json"] = "/x"
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://s") as client:
+        await sign_in(client)
+        assert "push to ModelScope" in (await client.get("/console/checkpoints?language=en")).text
+        await client.post("/console/checkpoints/publish", data={"path": PATH, "public": "yes"})
+        await client.post("/console/checkpoints/publish", data={"path": PATH, "public": "no"})
+    assert pusher.pushed == [(KEY, PATH, {"adapter_config.json": "/x"})]
+    assert [public for *_, public in backend.asked("publish_checkpoint")] == [True, False]
 
 
 async def test_deleting(browser: httpx.AsyncClient, backend: ScriptedBackend) -> None:

@@ -293,6 +293,6 @@ class ScriptedBackend:
     async def set_checkpoint_ttl(self, tenant: str, path: str, ttl_seconds: int | None) -> None:
         self._note("set_checkpoint_ttl", tenant, path, ttl_seconds)
 
-    async def checkpoint_files(self, tenant: str, path: str) -> Mapping[str, str]:
+    async def checkpoint_files(self, tenant: str, path: str, owned: bool = False) -> Mapping[str, str]:
         self._note("checkpoint_files", tenant, path)
         return self.files

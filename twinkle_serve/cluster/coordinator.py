@@ -203,7 +203,8 @@ class Coordinator:
         self._status = Status("ready", "ready")
 
     def _make_group(self, name: str, model: ModelConfig) -> RayGroup:
-        return RayGroup(model, self._engine, self._config.losses.whitelist, name)
+        whitelist, monitoring = self._config.losses.whitelist, self._config.monitoring
+        return RayGroup(model, self._engine, whitelist, name, monitoring)
 
     def _grow(self) -> None:
         """Start the groups that are missing, beside those that serve."""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle_serve.cluster.watch import until_stalled
 from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker
-from twinkle_serve.config import ModelConfig
+from twinkle_serve.config import ModelConfig, MonitoringConfig
 from twinkle_serve.control.group import GroupLost
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.loss_config import WhitelistedLoss
@@ -71,9 +71,12 @@ class RayGroup:
         engine: str = ENGINE,
         losses: Sequence[WhitelistedLoss] = (),
         name: str | None = None,
+        monitoring: MonitoringConfig | None = None,
     ) -> None:
-        """losses: those that each rank loads before the model. name: of the group, if its model has more."""
+        """losses: those that each rank loads before the model. name: of the group, if its model has more.
+        monitoring: how ranks log."""
         self._config = config
+        self._monitoring = monitoring or MonitoringConfig()
         self._name = name or config.name
         self._losses = losses
         self._engine = engine
@@ -125,7 +128,7 @@ class RayGroup:
                 num_cpus=resources.get("CPU", 0),
                 num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank),
-            ).remote(config, rank, self._engine, self._losses, self._name)
+            ).remote(config, rank, self._engine, self._losses, self._name, self._monitoring)
             for rank in range(config.ranks)
         ]
         places: list[RankPlace | None] = [None]

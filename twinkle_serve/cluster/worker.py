@@ -21,10 +21,11 @@ import ray
 from twinkle_serve.cluster.metrics import RayMeter
 from twinkle_serve.cluster.rank_environment import free_address, prepare_environment
 from twinkle_serve.cluster.rank_memory import RankMemory
-from twinkle_serve.config import ModelConfig
+from twinkle_serve.config import ModelConfig, MonitoringConfig
 from twinkle_serve.control.watch import summary_of
 from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.logs import configure_logs
 from twinkle_serve.loss_config import WhitelistedLoss
 from twinkle_serve.protocol.work import Failure, ModelInfo, Outcome, Progress, Tick, TickReport
 
@@ -81,8 +82,10 @@ class RankWorker:
         engine: str,
         losses: Sequence[WhitelistedLoss] = (),
         name: str | None = None,
+        monitoring: MonitoringConfig | None = None,
     ) -> None:
         """name: of the group."""
+        configure_logs(monitoring or MonitoringConfig(), f"rank {rank} of {name or config.name}")
         self._config = config
         self._name = name or config.name
         self._losses = losses

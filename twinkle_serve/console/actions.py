@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from twinkle_serve.console.render import HEADERS, page
 from twinkle_serve.console.sign_in import MAX_KEY_CHARS, Seal
 from twinkle_serve.console.visitors import Form, SignedIn, check_origin
+from twinkle_serve.gateway.checkpoints import publish_as
 from twinkle_serve.gateway.context import gateway_of
 from twinkle_serve.gateway.links import resource_path
 from twinkle_serve.gateway.openai import completions
@@ -58,10 +59,13 @@ async def sign_out(request: Request, form: Form) -> Response:
 
 @router.post("/checkpoints/publish")
 async def publish(request: Request, form: Form, visitor: SignedIn) -> Response:
-    is_public = form.get("public") == "yes"
+    """As the SDK's: where ModelScope tokens are keys, publishing also pushes to the owner's repository."""
     call = visitor.call
-    await call.backend.publish_checkpoint(call.tenant, _path(form), is_public)
-    return _done(request, "published" if is_public else "unpublished")
+    if form.get("public") == "yes":
+        await publish_as(call, _path(form), visitor.key)
+        return _done(request, "published")
+    await call.backend.publish_checkpoint(call.tenant, _path(form), False)
+    return _done(request, "unpublished")
 
 
 @router.post("/checkpoints/delete")

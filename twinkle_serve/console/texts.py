@@ -95,6 +95,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "public": ("public", "公开"),
     "actions": ("Actions", "操作"),
     "publish": ("Publish", "公开"),
+    "publish_and_push": ("Publish and push to ModelScope", "公开并推送到魔搭"),
     "publish_hint": ("Everybody on this server may load it.", "本服务器的所有用户均可加载。"),
     "unpublish": ("Make private", "设为私有"),
     "delete": ("Delete", "删除"),

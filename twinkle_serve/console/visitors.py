@@ -6,7 +6,7 @@ Knows cookies and headers. Does not know what a page shows.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
 
@@ -31,10 +31,11 @@ class ForeignForm(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
-    """call: as the SDK's routes get it."""
+    """call: as the SDK's routes get it. key: what was signed in with; it is for nobody's eyes."""
 
     call: Call
     is_operator: bool
+    key: str = field(repr=False)
 
 
 async def visitor(request: Request) -> AsyncIterator[Visitor]:
@@ -49,7 +50,7 @@ async def visitor(request: Request) -> AsyncIterator[Visitor]:
     except Unauthorized:
         raise SignInNeeded from None
     try:
-        yield Visitor(call, is_operator(call.gateway.config, call.name))
+        yield Visitor(call, is_operator(call.gateway.config, call.name), key)
     finally:
         await admission.__aexit__(None, None, None)
 

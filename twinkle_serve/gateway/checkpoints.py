@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from twinkle_serve.gateway.context import Authenticated
+from twinkle_serve.gateway.context import Authenticated, Call
 from twinkle_serve.gateway.http import describes, no_content
 from twinkle_serve.gateway.identity import api_key
 from twinkle_serve.protocol.paths import parse_path
@@ -40,12 +40,17 @@ async def delete(call: Authenticated, path: CheckpointUrl) -> Response:
 async def publish(call: Authenticated, path: CheckpointUrl, request: Request) -> Response:
     """With ModelScope tokens the adapter is also pushed to a repository of its owner, before anybody may
     read it here."""
-    publisher, key = call.gateway.publisher, api_key(request.headers)
+    await publish_as(call, path, api_key(request.headers))
+    return no_content()
+
+
+async def publish_as(call: Call, path: str, key: str | None) -> None:
+    """The same for whoever calls: ``key`` is what the caller's repository is reached with."""
+    publisher = call.gateway.publisher
     if publisher is not None and key is not None:
         files = await call.backend.checkpoint_files(call.tenant, path, True)
         await publisher.push(call.tenant, key, path, files)
     await call.backend.publish_checkpoint(call.tenant, path, True)
-    return no_content()
 
 
 @router.delete("/publish")
