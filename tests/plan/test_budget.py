@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.engine import Engine
@@ -15,6 +14,7 @@ from twinkle_serve.engine.layout import AdapterLayout
 from twinkle_serve.engine.sharding.shares import share_layout
 from twinkle_serve.plan import Budget, budget_of, find_shapes
 from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.testing.models import build_tiny_qwen3
 
 QWEN3 = "ms://Qwen/Qwen3-30B-A3B"
 EIGHT: dict[str, Any] = {"ranks": 8, "sharding": "expert_parallel", "gpu_memory_bytes": 85_000_000_000}
@@ -29,14 +29,10 @@ def _line(budget: Budget, part: str, what: str) -> int:
     return found
 
 
-def _num_bytes(*tensors: torch.Tensor) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
 # against the engine -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["tiny_moe", "tiny_llama", "tied_qwen3"])
+@pytest.fixture(scope="module", params=["tiny_moe", "tiny_llama", "tied_qwen3", "wide_qwen3"])
 def directory(request: pytest.FixtureRequest) -> Path:
     found: Path = request.getfixturevalue(request.param)
     return found
@@ -44,38 +40,33 @@ def directory(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def tied_qwen3(models_root: Path) -> Path:
-    from twinkle_serve.testing.models import build_tiny_qwen3
-
     return build_tiny_qwen3(models_root, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def wide_qwen3(models_root: Path) -> Path:
+    """Wide enough for some of its weights to be packed."""
+    return build_tiny_qwen3(models_root, hidden_size=256)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_planned_is_what_an_engine_takes(directory: Path, dtype: Any) -> None:
-    config = ModelConfig(
-        name="tiny",
-        path=str(directory),
-        dtype=dtype,
-        device="cpu",
-        num_threads=1,
-        max_resident_adapters=3,
-        max_rank=8,
-    )
+    sizes: dict[str, Any] = {"max_resident_adapters": 3, "max_rank": 8}
+    config = ModelConfig(name="tiny", path=str(directory), dtype=dtype, device="cpu", num_threads=1, **sizes)
     budget = budget_of(config, find_shapes(str(directory)))
     engine = Engine(config)
     try:
-        pool, cache = engine.pool, engine._sampler._cache
-        assert budget.part("base") == _num_bytes(*engine.base.model.parameters())
-        assert _line(budget, "slots", "weights") == _num_bytes(pool.weights)
-        assert _line(budget, "gradients", "accumulated") == _num_bytes(pool.grads)
-        assert budget.part("adam") == _num_bytes(pool.exp_avg, pool.exp_avg_sq)
-        assert budget.part("kv") == _num_bytes(*cache.keys, *cache.values)
-        if dtype == "bfloat16":
-            for slot in range(3):
-                pool.create(slot, LoraSpec(rank=8))
-            copies = [pool.adapter(slot)._compute for slot in range(3)]
-            assert _line(budget, "slots", "weights to multiply with") == _num_bytes(*copies)
+        for slot in range(3):
+            engine.pool.create(slot, LoraSpec(rank=8))
+        memory = engine.memory()
     finally:
         engine.close()
+    is_wide = find_shapes(str(directory)).hidden == 256
+    for part in ("base", "packed", "slots", "kv"):
+        assert budget.part(part) == memory[part], part
+    assert budget.part("adam") == memory["moments"]
+    assert _line(budget, "gradients", "accumulated") == memory["gradients"]
+    assert (budget.part("packed") > 0) == (dtype == "float32" and is_wide)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -100,11 +91,12 @@ def test_two_ranks_halve_the_experts_and_nothing_else(tiny_moe: Path) -> None:
     assert one.part("base") - two.part("base") == experts // 2
 
 
-def test_zero3_shares_every_weight_and_keeps_two_layers_whole(tiny_llama: Path) -> None:
+def test_zero3_shares_what_is_in_layers_and_keeps_two_of_them_whole(tiny_llama: Path) -> None:
     one = _budget(str(tiny_llama))
     two = _budget(str(tiny_llama), ranks=2, sharding="zero3")
     gathered = _line(two, "base", "gathered layers")
-    assert two.part("base") - gathered == one.part("base") // 2
+    whole = sum(line.num_bytes for line in one.lines if line.what in ("embedding", "unembedding"))
+    assert two.part("base") - gathered - whole == (one.part("base") - whole) // 2
     assert one.part("slots") == two.part("slots")
 
 

@@ -21,6 +21,8 @@ _ALIGNMENT = 16
 _FLOAT32 = 4
 _CUDA_BYTES = 2 * GIB  # context, cuBLAS workspaces, NCCL's buffers
 _KEPT_LOGITS_BYTES = 256 * 2**20
+_LARGEST_PACKED_BYTES = 2 * GIB
+_SMALLEST_PACKED_SIDE = 256
 _IMBALANCE = 2  # tokens that the busiest rank's experts get, by what is fair
 
 
@@ -64,7 +66,14 @@ def budget_of(config: ModelConfig, shapes: ModelShapes) -> Budget:
             f"{config.name}: {shapes.num_experts} experts cannot be shared evenly by {ranks} ranks"
         )
     rank = _Rank(config, shapes)
-    lines = (*rank.base(), *rank.slots(), *rank.sampling(), *rank.activations(), *rank.device())
+    lines = (
+        *rank.base(),
+        *rank.packed(),
+        *rank.slots(),
+        *rank.sampling(),
+        *rank.activations(),
+        *rank.device(),
+    )
     stated = config.gpu_memory_bytes
     limit = None if stated is None else int(stated * USABLE)
     return Budget(config, shapes, lines, tuple(rank.host()), limit)
@@ -77,24 +86,27 @@ class _Rank:
         self._config = config
         self._shapes = shapes
         self._ranks = config.ranks
-        is_float32 = config.dtype == "float32" or (config.dtype == "auto" and config.gpu_memory_bytes is None)
+        no_gpu = config.device == "auto" and config.gpu_memory_bytes is None
+        self._on_cpu = config.device == "cpu" or no_gpu
+        is_float32 = config.dtype == "float32" or (config.dtype == "auto" and self._on_cpu)
         self._width = _FLOAT32 if is_float32 else 2
         # Where experts are split, each rank has a part of them; under zero3 a part of everything.
         self._experts_over = self._ranks if config.sharding == "expert_parallel" else 1
-        self._all_over = self._ranks if config.sharding == "zero3" else 1
+        self._num_experts = shapes.num_experts // self._experts_over
+        self._all_over = self._ranks if config.sharding == "zero3" and self._ranks > 1 else 1
 
     # weights --------------------------------------------------------------------------------------
 
     def base(self) -> Iterator[Line]:
-        s, over, width = self._shapes, self._all_over, self._width
-        share = f" / {over} ranks" if over > 1 else ""
+        s, width = self._shapes, self._width
 
-        def line(what: str, arithmetic: str, num_floats: int) -> Line:
+        def line(what: str, arithmetic: str, num_floats: int, over: int = self._all_over) -> Line:
+            share = f" / {over} ranks" if over > 1 else ""
             return Line("base", what, f"{arithmetic} x {width} B{share}", -(-num_floats * width // over))
 
-        yield line("embedding", f"{s.vocab_size:,} x {s.hidden:,}", s.vocab_size * s.hidden)
-        if not s.is_tied:
-            yield line("unembedding", f"{s.vocab_size:,} x {s.hidden:,}", s.vocab_size * s.hidden)
+        # Whole on every rank, whatever the sharding.
+        for what in ("embedding",) if s.is_tied else ("embedding", "unembedding"):
+            yield line(what, f"{s.vocab_size:,} x {s.hidden:,}", s.vocab_size * s.hidden, over=1)
         per_layer = (
             f"(2 x {s.hidden:,} x {s.query_width:,} + 2 x {s.hidden:,} x {s.kv_width:,} + {s.bias_size:,})"
         )
@@ -107,7 +119,7 @@ class _Rank:
                 "mlp", f"{num_dense} x 3 x {s.hidden:,} x {s.inner:,}", num_dense * 3 * s.hidden * s.inner
             )
         if s.num_experts:
-            count = s.num_experts // self._experts_over
+            count = self._num_experts
             router = s.num_sparse_layers * s.num_experts * s.hidden
             yield line("router", f"{s.num_sparse_layers} x {s.num_experts} x {s.hidden:,}", router)
             yield line(
@@ -120,13 +132,31 @@ class _Rank:
             largest = s.attention_size + s.norm_size + (s.experts_size or 3 * s.hidden * s.inner)
             yield Line("base", "gathered layers", f"2 x {largest:,} x {width} B", 2 * largest * width)
 
+    def packed(self) -> Iterator[Line]:
+        """On a CPU weights are kept in its kernels' own layouts as well, one forward and one backward."""
+        c, s = self._config, self._shapes
+        if not self._on_cpu or self._width != _FLOAT32 or self._all_over > 1 or c.pack_weights == "off":
+            return
+        whole = sum(line.num_bytes for line in self.base())
+        if c.pack_weights == "auto" and whole > _LARGEST_PACKED_BYTES:
+            return
+        sizes = [
+            (rows, columns, times)
+            for rows, columns, times in s.matrices(self._num_experts)
+            if times and min(rows, columns) >= _SMALLEST_PACKED_SIDE
+        ]
+        if sizes:
+            products = " + ".join(f"{times} x {rows:,} x {columns:,}" for rows, columns, times in sizes)
+            total = sum(rows * columns * times for rows, columns, times in sizes)
+            yield Line("packed", "in the kernels' layouts", f"2 x ({products}) x 4 B", 2 * total * _FLOAT32)
+
     # adapters -------------------------------------------------------------------------------------
 
     @property
     def row_size(self) -> int:
         """Floats of an adapter for each of its ranks, padding included."""
         s = self._shapes
-        return sum(_aligned(width) * times for width, times in s.factors(s.num_experts // self._experts_over))
+        return sum(_aligned(width) * times for width, times in s.factors(self._num_experts))
 
     def slots(self) -> Iterator[Line]:
         c, row = self._config, self.row_size
@@ -146,7 +176,9 @@ class _Rank:
         yield Line("sampling", "adapters", f"{shape} x 4 B", num_floats * _FLOAT32)
         if self._width != _FLOAT32:
             yield Line("sampling", "adapters to multiply with", f"{shape} x 2 B", num_floats * 2)
-        num_rows = max(1, c.sampler.kv_cache_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        # Each rank decodes its own requests.
+        own = c.sampler.kv_cache_tokens // self._ranks
+        num_rows = max(1, own // BLOCK_TOKENS) * BLOCK_TOKENS
         yield Line(
             "kv",
             "keys and values",
@@ -211,7 +243,7 @@ class _Rank:
         yield Line("activations", "logits kept for backward", f"{_KEPT_LOGITS_BYTES:,} B", _KEPT_LOGITS_BYTES)
 
     def device(self) -> Iterator[Line]:
-        if self._config.gpu_memory_bytes is not None:
+        if not self._on_cpu:
             yield Line("device", "CUDA context, cuBLAS, NCCL", f"{_CUDA_BYTES:,} B", _CUDA_BYTES)
 
     def host(self) -> Iterator[Line]:

@@ -88,6 +88,21 @@ class ModelShapes:
         experts = [(self.hidden, 3 * sparse), (self.expert_inner * num_experts, 3 * sparse)]
         return [*attention, *mlp, *experts, (self.hidden, 1), (self.vocab_size, 1)]
 
+    def matrices(self, num_experts: int) -> list[tuple[int, int, int]]:
+        """Rows, columns and number of the weight matrices that tokens are multiplied with, where
+        ``num_experts`` of each layer are held. Gate and up of fused experts are one matrix."""
+        layers, sparse = self.num_layers, self.num_sparse_layers
+        attention = [
+            (self.query_width, self.hidden, 2 * layers),
+            (self.kv_width, self.hidden, 2 * layers),
+        ]
+        experts = [
+            (2 * self.expert_inner, self.hidden, sparse * num_experts),
+            (self.hidden, self.expert_inner, sparse * num_experts),
+        ]
+        mlp = [(self.inner, self.hidden, 3 * (layers - sparse))]
+        return [*attention, *mlp, *experts, (self.vocab_size, self.hidden, 1)]
+
 
 def find_shapes(reference: str) -> ModelShapes:
     """Of a model directory, or of an ``ms://owner/name`` whose config.json is shipped with this package.
