@@ -186,6 +186,24 @@ async def test_bytes_that_wait_are_limited_but_one_request_always_goes(tmp_path:
         assert plane._books.promises.pending_of(client.tenant).num_bytes == 0
 
 
+@virtual
+async def test_samples_that_wait_for_memory_are_not_accepted_and_may_come_again(tmp_path: Path) -> None:
+    """Their prompts are what they hold; the same seq_id is good for the next try."""
+    config = limited()
+    config.limits.tenant.pending_bytes = 20
+    async with control_plane(tmp_path, config=config) as plane:
+        client = await Client(plane).open()
+        sampler = await plane.create_sampler(client.tenant, client.session, 0, "base", None)
+        first = [await client.sample(sampler, number, max_tokens=50) for number in range(2)]
+        assert plane._books.promises.pending_of(client.tenant).num_bytes == 16
+        with pytest.raises(Busy, match="above 20"):
+            await client.sample(sampler, 2)
+        await client.result(first[0])
+        assert await client.result(await client.sample(sampler, 2)) == ()
+        await client.result(first[1])
+        assert plane._books.promises.pending_of(client.tenant).num_bytes == 0
+
+
 def test_a_tenant_is_found_by_id_and_by_name(tmp_path: Path) -> None:
     tree = {"tenant": {"live_runs": 3}, "tenants": {"alice": {"weight": 2}, "ms-1": {"live_runs": 5}}}
     limits = LimitsConfig.model_validate(tree)

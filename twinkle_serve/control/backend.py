@@ -193,8 +193,8 @@ class Backend(Protocol):
     async def create_custom_loss(
         self, tenant: str, session_id: str, custom_loss_seq_id: int, graph: str | Failure
     ) -> str:
-        """Keep an uploaded loss (text of protocol.loss_graph) that a rank has tried. Returns the request id,
-        once the loss is durable; resolves to {"loss_id": ...}. Deduped on (session_id, custom_loss_seq_id)."""
+        """Keep an uploaded loss (text of protocol.loss_graph) that a rank has tried. Returns the request id
+        once the loss is durable; resolves to {"loss_id"}. Deduped on (session_id, custom_loss_seq_id)."""
         ...
 
     async def custom_loss(self, tenant: str, loss_id: str) -> str:

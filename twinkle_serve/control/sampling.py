@@ -25,7 +25,8 @@ from twinkle_serve.protocol.data import SampleRequest
 from twinkle_serve.protocol.work import AdapterRef, Failure, Sample
 from twinkle_serve.storage.records import CheckpointRecord
 
-OpenPromise = Callable[[str, tuple[str, str, int | None]], str]
+OpenPromise = Callable[[str, tuple[str, str, int | None], int], str]
+"""(tenant, origin, bytes held until it is settled) -> request id. Raises Busy where memory is short."""
 
 
 @dataclass(slots=True)
@@ -87,7 +88,8 @@ class Sampling:
             adapter = replace(adapter, directory=path or adapter.directory)
             if path is None:
                 driver = self._driver_of(sampler.record.base_model, source.home)
-        request_id = self._open_promise(tenant, ("sampler", sampler_id, seq_id))
+        num_bytes = 0 if isinstance(request, Failure) else request.num_bytes
+        request_id = self._open_promise(tenant, ("sampler", sampler_id, seq_id), num_bytes)
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
         answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
         if seq_id is not None:
@@ -118,7 +120,7 @@ class Sampling:
         if request.num_samples > self._limits.max_num_samples:
             raise Invalid(f"num_samples {request.num_samples} is above {self._limits.max_num_samples}")
         driver = self._driver_of(base_model, None)
-        request_id = self._open_promise(tenant, ("model", base_model, None))
+        request_id = self._open_promise(tenant, ("model", base_model, None), request.num_bytes)
         self._start(Sample(request_id, tenant, adapter, request, stream), driver, None)
         return request_id
 

@@ -97,7 +97,7 @@ class ControlPlane(Management):
             self._books,
             config.limits,
             self._sampling_driver,
-            partial(self._open, sampling=True),
+            lambda tenant, origin, num_bytes: self._open(tenant, origin, True, num_bytes),
             None if self._keeper is None else self._keeper.path_of_sampler,
         )
         self._gap_timers: dict[str, Timer] = {}
@@ -561,7 +561,7 @@ class ControlPlane(Management):
         if self._books.promises.is_full:
             raise Busy(_RESULTS, CAPACITY)
         if sampling:
-            self._books.quotas.check_room(tenant)
+            self._books.quotas.check_room(tenant, num_bytes)
         request_id = self._books.promises.open(tenant, origin, sampling, num_bytes)
         self._books.watch.accepted(request_id, tenant, origin)
         return request_id

@@ -169,6 +169,13 @@ class SampleRequest:
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds while it waits."""
+        return self.prompt.nbytes + (
+            0 if self.target_prompt_tokens is None else self.target_prompt_tokens.nbytes
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TopK:
