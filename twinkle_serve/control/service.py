@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.config import Config, ModelConfig
 from twinkle_serve.control import recovery
-from twinkle_serve.control.assembly import check_loadable
 from twinkle_serve.control.backend import Command, Ended, Invalid, PassCommand, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
@@ -29,6 +28,7 @@ from twinkle_serve.control.insight import cluster_view, gap_in_words, in_words, 
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.management import Management
 from twinkle_serve.control.metrics import Meter
+from twinkle_serve.control.orders import check_loadable
 from twinkle_serve.control.promises import random_token
 from twinkle_serve.control.quotas import Reason, own_name
 from twinkle_serve.control.runs import Run, run_id_for
