@@ -10,11 +10,12 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo docs lint test test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability cookbook modelscope clean
+.PHONY: help venv demo docs lint test test-2rank test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability cookbook modelscope clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
 	@echo "make test              lint, types and every test"
+	@echo "make test-2rank        the end-to-end tests against two ranks that share the models (minutes)"
 	@echo "make test-faults       the long form: 100,000 random schedules, 50 seeds of kills of each process (hours)"
 	@echo "make bench             every figure of benchmarks/README.md, with plots (20 minutes; peers once: 2 GB more)"
 	@echo "make bench-quick       only shows that each part of it works (minutes)"
@@ -86,7 +87,10 @@ test-sharding: $(STAMP)
 
 test-faults: $(STAMP)
 	TWINKLE_SCHEDULES=100000 $(BIN)/python -m pytest tests/control/test_durability.py tests/storage
-	TWINKLE_FAULT_SEEDS=50 $(BIN)/python -m pytest tests/faults --durations=10
+	TWINKLE_FAULT_SEEDS=50 $(BIN)/python -m pytest tests/faults tests/cluster/test_ranks.py --durations=10
+
+test-2rank: $(STAMP)
+	TWINKLE_DEPLOYMENT=deployments/local-2rank.yaml $(BIN)/python -m pytest tests/e2e --durations=10
 
 bench-flood: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m benchmarks.flood
