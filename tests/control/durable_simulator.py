@@ -105,7 +105,7 @@ class Server:
         self._token = counting_tokens()
         self._max_slots = rng.randint(1, 3)
         self._pass_s = rng.choice([0.001, 0.05, 1.0])
-        self._delay_saves = rng.random() < 0.3
+        self._delay_saves = rng.choice([0, 0, 1, 3])
         self._crash_rate = rng.choice([0.0, 0.01, 0.1])
         self._up = asyncio.Event()
         self._calls: set[asyncio.Future[Any]] = set()
