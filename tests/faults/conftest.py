@@ -23,6 +23,7 @@ FILES = Path(__file__).parents[2] / "deployments"
 DEPLOYMENTS = ["local", "local-2rank"]
 READY_S = 240.0
 TRAP_S = 120.0
+STOP_S = 120.0  # how soon it must be over is test_stop.py's
 RAY_WAS_SLOW = "The current node timed out during startup"
 TITLES = {
     "ingress": ["ServeReplica:", "ingress"],
@@ -151,7 +152,7 @@ class Server:
             return
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(45)
+            self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self.kill("everything", random.Random())
             raise AssertionError(f"SIGTERM was ignored:\n{self.tail()}") from None
