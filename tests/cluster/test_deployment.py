@@ -46,6 +46,12 @@ def test_everything_else_needs_another_coordinator(after: Deployment) -> None:
     assert not _deployed(MODEL).grows_to(after)
 
 
+def test_a_group_that_only_samples_does_not_become_one_that_trains() -> None:
+    sampling = MODEL | {"sampling_groups": 1}
+    assert _deployed(sampling | {"groups": 2}).grows_to(_deployed(sampling | {"groups": 2}))
+    assert not _deployed(sampling | {"groups": 2}).grows_to(_deployed(sampling | {"groups": 3}))
+
+
 def test_nothing_shrinks() -> None:
     assert not _deployed(MODEL | {"groups": 2}).grows_to(_deployed(MODEL))
     assert not _deployed(MODEL, {"name": "b", "path": "/b"}).grows_to(_deployed(MODEL))

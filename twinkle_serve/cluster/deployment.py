@@ -27,9 +27,10 @@ class Deployment:
         before, after = _relevant(self.config), _relevant(other.config)
         models = {model["name"]: model for model in after.pop("models")}
         for model in before.pop("models"):
-            num_groups = model.pop("groups")
             found = models.get(model["name"], {"groups": 0})
-            if found.pop("groups") < num_groups or found != model:
+            missing = model.pop("groups") - found.pop("groups")
+            # The last groups are those that only sample: with one more, one of them would have to train.
+            if missing > 0 or (missing < 0 and model["sampling_groups"]) or found != model:
                 return False
         return self.version == other.version and before == after
 

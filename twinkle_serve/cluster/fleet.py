@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from twinkle_serve.cluster.group import LoadError, RayGroup
 from twinkle_serve.config import Config, ModelConfig
-from twinkle_serve.control.groups import group_names
+from twinkle_serve.control.groups import group_names, sampling_group_names
 
 _log = logging.getLogger(__name__)
 MakeGroup = Callable[[str, ModelConfig], RayGroup]
@@ -59,11 +59,15 @@ class Fleet:
         return reasons
 
     async def start_enough(self) -> None:
-        """Start all that are missing. Raises LoadError if a base model is then without any group; for the
+        """Start all that are missing. Raises LoadError if a base model then has no group that trains; for the
         rest it is enough to try again later."""
         reasons = await self.start()
-        served = {self._models[name].name for name in self.started}
-        if any(model.name not in served for model in self._models.values()):
+        trained = {
+            model.name
+            for name, model in self._models.items()
+            if self.groups[name].was_started and name not in sampling_group_names(model)
+        }
+        if any(model.name not in trained for model in self._models.values()):
             raise LoadError("; ".join(dict.fromkeys(reasons)))
         for reason in reasons:
             _log.error("%s; the other groups of this model serve without it", reason)

@@ -1,0 +1,96 @@
+"""Which groups a deployment needs before it can serve, and what is tried again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from twinkle_serve.cluster.fleet import Fleet
+from twinkle_serve.cluster.group import LoadError
+from twinkle_serve.config import Config, ModelConfig
+
+
+class Startable:
+    """As much of a RayGroup as a fleet sees."""
+
+    def __init__(self, name: str, works: bool) -> None:
+        self.name = name
+        self.works = works
+        self.was_started = False
+        self.num_starts = 0
+
+    async def start(self) -> None:
+        self.num_starts += 1
+        if not self.works:
+            raise LoadError(f"cannot load {self.name}")
+        self.was_started = True
+
+    async def stop(self) -> None:
+        self.was_started = False
+
+
+def _config(*models: dict[str, Any]) -> Config:
+    return Config.model_validate({"models": [{"path": "/m"} | model for model in models]})
+
+
+def _fleet(config: Config, *broken: str) -> Fleet:
+    def make(name: str, model: ModelConfig) -> Any:
+        return Startable(name, name not in broken)
+
+    return Fleet(config, make)
+
+
+async def test_every_group_of_every_model_is_started_once() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}, {"name": "b"}))
+    await fleet.start_enough()
+    await fleet.start_enough()
+    assert list(fleet.started) == ["a", "a#2", "b"]
+    assert fleet.missing == []
+    assert [group.num_starts for group in fleet.groups.values()] == [1, 1, 1]
+
+
+async def test_one_group_of_a_model_is_enough_and_the_other_is_tried_again() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}), "a")
+    await fleet.start_enough()
+    assert list(fleet.started) == ["a#2"]
+    assert await fleet.start() == ["cannot load a"]
+    fleet.groups["a"].works = True
+    assert await fleet.start() == []
+    assert fleet.missing == []
+
+
+async def test_a_model_without_any_group_is_an_error_that_names_it() -> None:
+    fleet = _fleet(_config({"name": "a"}, {"name": "b"}), "b")
+    with pytest.raises(LoadError, match=r"^cannot load b$"):
+        await fleet.start_enough()
+
+
+async def test_a_group_that_only_samples_is_not_enough() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2, "sampling_groups": 1}), "a")
+    with pytest.raises(LoadError, match=r"^cannot load a$"):
+        await fleet.start_enough()
+    other = _fleet(_config({"name": "a", "groups": 2, "sampling_groups": 1}), "a#2")
+    await other.start_enough()
+
+
+async def test_a_bug_is_not_taken_for_a_model_that_does_not_load() -> None:
+    fleet = _fleet(_config({"name": "a"}))
+    fleet.groups["a"].works = None
+
+    async def start() -> None:
+        raise ZeroDivisionError
+
+    fleet.groups["a"].start = start
+    with pytest.raises(ZeroDivisionError):
+        await fleet.start()
+
+
+async def test_what_is_covered_later_is_made_and_not_yet_started() -> None:
+    fleet = _fleet(_config({"name": "a"}))
+    await fleet.start_enough()
+    fleet.cover(_config({"name": "a", "groups": 2}, {"name": "b"}))
+    assert fleet.missing == ["a#2", "b"]
+    assert fleet.model_of("b").name == "b"
+    await fleet.stop()
+    assert fleet.started == {}
