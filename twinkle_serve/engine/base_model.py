@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import attention, experts
+from twinkle_serve.engine.attach import attach
 from twinkle_serve.engine.attention import Attend, AttentionSwitch, PackedCausal
 from twinkle_serve.engine.frozen import pack
 from twinkle_serve.engine.grouped import fits
@@ -31,10 +32,8 @@ from twinkle_serve.engine.logprobs import (
 )
 from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.packing import make_segments
-from twinkle_serve.engine.pulse import listen
 from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
 from twinkle_serve.engine.sharding.files import WeightFiles, has_weights
-from twinkle_serve.engine.sharding.loading import is_fused_experts, whole_shape
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.sharding.strategy import Sharding, Stretches
@@ -45,18 +44,7 @@ from twinkle_serve.protocol.work import ModelInfo
 
 logger = logging.getLogger(__name__)
 
-_LINEAR_GROUPS: dict[str, Group] = {
-    "q_proj": "attn",
-    "k_proj": "attn",
-    "v_proj": "attn",
-    "o_proj": "attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
 _LARGEST_PACKED_BYTES = 2 * 2**30
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_MLP = {"gate_proj", "up_proj", "down_proj"}
 # Small models may not show the difference that these make, so _verify alone would not do.
 _UNSERVED_SWITCHES = ("attn_logit_softcapping", "final_logit_softcapping")
 
@@ -214,7 +202,7 @@ def prepare(
     """Put LoRA layers and packed attention into a loaded model."""
     sharding = sharding or Sharding(Ranks())
     segments, switch = Segments(), AttentionSwitch()
-    targets = _attach(model, segments, switch, sharding)
+    targets = attach(model, segments, switch, sharding)
     replace_norms(model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -269,71 +257,6 @@ def _frozen_matrices(model: PreTrainedModel) -> Iterator[torch.Tensor]:
             yield module.gate_up_proj
             yield module.down_proj
     yield model.get_output_embeddings().weight
-
-
-def _attach(
-    model: PreTrainedModel, segments: Segments, switch: AttentionSwitch, sharding: Sharding
-) -> list[Target]:
-    """Replace linear layers by LoRA layers and mark experts and attention modules; returns the targets."""
-    targets: list[Target] = []
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
-    listen(layers)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    for index, layer in enumerate(layers):
-        found: set[str] = set()
-        for name, module in list(layer.named_modules()):
-            path = f"{prefix}.{index}.{name}"
-            leaf = name.rpartition(".")[2]
-            if isinstance(module, nn.Linear) and leaf in _LINEAR_GROUPS:
-                _wrap_linear(layer, name, module, path, segments, targets)
-                found.add(leaf)
-            elif is_fused_experts(module):
-                _mark_experts(module, path, segments, targets, sharding)
-                found.add("experts")
-            if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
-                module.twinkle_attention = switch
-        if not found >= _ATTENTION or not (found >= _MLP or "experts" in found):
-            raise UnsupportedModel(
-                f"{type(model).__name__}: decoder layer {index} has no separate q_proj, k_proj, v_proj, "
-                "o_proj and gate/up/down projections or fused experts; served are Llama, Mistral, Qwen2, "
-                "Qwen3 and Qwen3-MoE like architectures"
-            )
-    return targets
-
-
-def _wrap_linear(
-    layer: nn.Module, name: str, module: nn.Linear, path: str, segments: Segments, targets: list[Target]
-) -> None:
-    parent_name, _, leaf = name.rpartition(".")
-    group = _LINEAR_GROUPS[leaf]
-    wrapped = LoraLinear(module, segments, group, len(targets))
-    setattr(layer.get_submodule(parent_name), leaf, wrapped)
-    targets.append(Target("linear", path, group, module.in_features, module.out_features))
-
-
-def _mark_experts(
-    module: nn.Module, path: str, segments: Segments, targets: list[Target], sharding: Sharding
-) -> None:
-    plain = getattr(module, "is_concatenated", True) and getattr(module, "has_gate", True)
-    odd = getattr(module, "is_transposed", False) or getattr(module, "has_bias", False)
-    if not plain or odd:
-        raise UnsupportedModel(f"{path}: transposed, interleaved or biased fused experts are not served")
-    gate_up: nn.Parameter = module.gate_up_proj  # type: ignore[assignment]
-    num_experts, double_inner, hidden = whole_shape(gate_up)
-    if sharding.splits_experts:
-        num_experts *= sharding.ranks.size
-    inner, first = double_inner // 2, len(targets)
-    targets += [
-        Target("expert_gate", path, "mlp", hidden, inner, num_experts),
-        Target("expert_up", path, "mlp", hidden, inner, num_experts),
-        Target("expert_down", path, "mlp", inner, hidden, num_experts),
-    ]
-    dispatch = sharding.dispatch
-    module.twinkle_targets = experts.ExpertTargets(  # type: ignore[assignment]
-        segments if dispatch is None else dispatch.segments, first, first + 1, first + 2, dispatch
-    )
 
 
 def _info(model: PreTrainedModel, config: ModelConfig, directory: Path) -> ModelInfo:

@@ -79,8 +79,8 @@ class Engine:
         self._owned_scratch = Path(tempfile.mkdtemp(prefix="twinkle-pages-")) if scratch is None else None
         scratch = scratch or self._owned_scratch
         assert scratch is not None
-        self._directory = directory = resolve_model(config.path, config.revision)
         self.ranks = Ranks.join(place, choose_device(config))
+        self._directory = directory = self._find_model(config)
         self.base = load_base_model(config, directory, self.ranks)
         self._shares = self.base.shares
         self.pool = SlotPool(
@@ -97,6 +97,15 @@ class Engine:
         self._sampler = sampler(self.base, self._adapters, config.sampler, directory)
         used = ", ".join(f"{use} {size / 1e9:.3g} GB" for use, size in self.memory().items())
         logger.info("rank %d of %s: %s", self.ranks.rank, config.name, used)
+
+    def _find_model(self, config: ModelConfig) -> Path:
+        """The first rank downloads what has to be; others of its machine then find it there."""
+        if not self.ranks.is_first:
+            self.ranks.wait_for_all(config.load_deadline_s)
+        directory = resolve_model(config.path, config.revision)
+        if self.ranks.is_first:
+            self.ranks.wait_for_all(config.load_deadline_s)
+        return directory
 
     @property
     def info(self) -> ModelInfo:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,11 +47,16 @@ class _Member:
 
 @dataclass(frozen=True, slots=True)
 class _News:
-    """What a rank tells the others between two steps. over: its clock says that the time is up."""
+    """What a rank tells the others between two steps.
 
-    items: list[Outcome | Progress] = field(default_factory=list)
-    proposals: list[Proposal] = field(default_factory=list)
-    over: bool = False
+    prefills: it has prompts to prefill. decodes: whose rows it would decode now. over: its time is up.
+    """
+
+    items: list[Outcome | Progress]
+    proposals: list[Proposal]
+    prefills: bool
+    decodes: Rows
+    over: bool
 
 
 class SharedSampler(Sampler):
@@ -88,7 +93,7 @@ class SharedSampler(Sampler):
         deadline = time.perf_counter() + budget_s
         over = budget_s <= 0
         while True:
-            news = self._ranks.everyone(_News(self._outbox, self._proposals(), over))
+            news = self._ranks.everyone(self._news(over))
             self._outbox = []
             for items in [rank.items for rank in news]:
                 yield from items
@@ -100,9 +105,20 @@ class SharedSampler(Sampler):
             for rank in news:
                 for proposal in rank.proposals:
                     self._admit_member(*proposal)
-            self._shared_step()
+            if any(rank.prefills or rank.proposals for rank in news):
+                self._shared_step()
+            else:  # the many steps that only decode need no further message
+                self._go_all([rank.decodes for rank in news], self._decode)
+            self._outbox += self._finished()
             self._outbox += self._progress()
             over = time.perf_counter() >= deadline
+
+    def _news(self, over: bool) -> _News:
+        decodes = self._places([(sequence, 1) for sequence in self._decoding]) if self._can_decode() else []
+        return _News(self._outbox, self._proposals(), bool(self._prefilling), decodes, over)
+
+    def _can_decode(self) -> bool:
+        return bool(self._decoding) and self._make_room()
 
     # who is there ---------------------------------------------------------------------------------
 
@@ -183,25 +199,31 @@ class SharedSampler(Sampler):
     # through the model together -------------------------------------------------------------------
 
     def _shared_step(self) -> None:
+        """Prefill what there is, then decode."""
         with torch.no_grad():
             chunks = self._plan_prefill()
-            self._go([(sequence, count) for sequence, count in chunks], lambda: self._prefill(chunks))
-            self._outbox += self._finished()
-            decodes = bool(self._decoding) and self._make_room()
-            self._go([(sequence, 1) for sequence in self._decoding] if decodes else [], self._decode)
-            self._outbox += self._finished()
+        self._go(self._places(chunks), lambda: self._prefill(chunks))
+        self._outbox += self._finished()
+        decodes = [(sequence, 1) for sequence in self._decoding] if self._can_decode() else []
+        self._go(self._places(decodes), self._decode)
 
-    def _go(self, rows: list[tuple[Sequence, int]], action: Callable[[], None]) -> None:
-        """``action`` takes ``rows`` through the model once. A rank without rows goes along with one of its
-        own; if no rank has any, none goes."""
+    def _places(self, rows: list[tuple[Sequence, int]]) -> Rows:
+        """In the order in which rows go through the model."""
         ordered = sorted(rows, key=lambda row: row[0].job.place)
-        places: Rows = [(s.job.pooled.first if s.job.pooled else None, count) for s, count in ordered]
-        by_rank = self._ranks.everyone(places)
+        return [(s.job.pooled.first if s.job.pooled else None, count) for s, count in ordered]
+
+    def _go(self, own: Rows, action: Callable[[], None]) -> None:
+        self._go_all(self._ranks.everyone(own), action)
+
+    def _go_all(self, by_rank: list[Rows], action: Callable[[], None]) -> None:
+        """``action`` takes this rank's rows through the model once. A rank without rows goes along with one
+        of its own; if no rank has any, none goes."""
         if not any(by_rank):
             return
         self._base.enter([self._stretches(places) for places in by_rank])
         try:
-            action() if rows else self._go_along()
+            with torch.no_grad():
+                action() if by_rank[self._ranks.rank] else self._go_along()
         except RankLost:
             raise
         except Exception:
