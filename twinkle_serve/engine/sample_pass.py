@@ -27,6 +27,7 @@ class SamplePass:
         self._pool = pool
         self._inference = Inference.of(base)
         self._width = base.head.in_features
+        self._last: tuple[Sequence[Stretch], list[Block]] = ((), [])
 
     @property
     def is_straight(self) -> bool:
@@ -56,10 +57,13 @@ class SamplePass:
         return self._inference.logits(hidden, self._blocks(stretches))
 
     def _blocks(self, stretches: Sequence[Stretch]) -> list[Block]:
-        """Neighbours of one adapter joined."""
+        """Neighbours of one adapter joined. A pass asks twice for the same: for its layers and its logits."""
+        if stretches is self._last[0]:
+            return self._last[1]
         joined: list[Stretch] = []
         for pooled, count in stretches:
             if joined and joined[-1][0] is pooled:
                 count += joined.pop()[1]
             joined.append((pooled, count))
-        return self._pool.blocks(joined, self._width)
+        self._last = stretches, self._pool.blocks(joined, self._width)
+        return self._last[1]

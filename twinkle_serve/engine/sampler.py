@@ -343,7 +343,7 @@ class Sampler:
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Append a drawn token to each sequence from its row of ``logits`` [B, V]."""
         params = [sequence.next_draw() for sequence in sequences]
-        k = max(s.job.request.topk_sample_logprobs for s in sequences)
+        k = max(sequence.topk for sequence in sequences)
         drawn = draw_tokens(logits, params, k)
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         for row, sequence in enumerate(sequences):
@@ -352,10 +352,9 @@ class Sampler:
                 self._ended.append(sequence)
         if drawn.topk is not None:
             for row, sequence in enumerate(sequences):
-                wanted = sequence.job.request.topk_sample_logprobs
-                if wanted:
-                    sequence.topk_ids.append(drawn.topk.token_ids[row, :wanted])
-                    sequence.topk_logprobs.append(drawn.topk.logprobs[row, :wanted])
+                if sequence.topk:
+                    sequence.topk_ids.append(drawn.topk.token_ids[row, : sequence.topk])
+                    sequence.topk_logprobs.append(drawn.topk.logprobs[row, : sequence.topk])
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         sequence.stop_reason = reason

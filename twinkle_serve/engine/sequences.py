@@ -15,7 +15,14 @@ from twinkle_serve.engine.adapter_pool import Pooled
 from twinkle_serve.engine.draw import DrawParams, StopRule, UniformStream
 from twinkle_serve.engine.kv_cache import Rows
 from twinkle_serve.engine.slots import Adapter
-from twinkle_serve.protocol.data import SampleDelta, SampledSequence, SampleRequest, SampleResult, TopK
+from twinkle_serve.protocol.data import (
+    SampleDelta,
+    SampledSequence,
+    SampleRequest,
+    SampleResult,
+    SamplingParams,
+    TopK,
+)
 from twinkle_serve.protocol.work import Sample
 
 EMPTY_TOPK = (0, -99999.0)
@@ -81,10 +88,19 @@ class Sequence:
     topk_logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
     stop_reason: str | None = None
     num_told: int = 0
+    # What every step asks for, at hand.
+    params: SamplingParams = field(init=False)
+    topk: int = field(init=False)
+    prompt_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        request = self.job.request
+        self.params, self.topk = request.params, request.topk_sample_logprobs
+        self.prompt_length = len(request.prompt)
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.job.prompt_length
+        return len(self.tokens) - self.prompt_length
 
     @property
     def num_uncached(self) -> int:
@@ -92,8 +108,9 @@ class Sequence:
 
     def next_draw(self) -> DrawParams:
         """How its next token is drawn."""
-        params = self.job.request.params
-        uniform = 0.0 if params.temperature == 0 else self.uniforms.at(self.num_generated)
+        params = self.params
+        position = len(self.tokens) - self.prompt_length
+        uniform = 0.0 if params.temperature == 0 else self.uniforms.at(position)
         return DrawParams(params.temperature, params.top_k, params.top_p, uniform)
 
     def append(self, token: int, logprob: float) -> None:
@@ -102,7 +119,7 @@ class Sequence:
         self.logprobs.append(logprob)
         if self.stop.ends(token):
             self.stop_reason = "stop"
-        elif self.num_generated >= self.job.max_tokens:
+        elif len(self.tokens) - self.prompt_length >= self.job.max_tokens:
             self.stop_reason = "length"
 
     def result(self) -> SampledSequence:
