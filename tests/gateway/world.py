@@ -54,7 +54,13 @@ class Tenant:
         return found
 
     async def result(self, request_id: str) -> dict[str, Any]:
-        result = await self.post("retrieve_future", {"request_id": request_id})
+        status = 408
+        while status == 408:
+            body = {"request_id": request_id}
+            answer = await self.request("POST", f"{API}/retrieve_future", json=body)
+            status = answer.status_code
+        assert status == 200, answer.text
+        result: dict[str, Any] = answer.json()
         assert "error" not in result, result
         return result
 
