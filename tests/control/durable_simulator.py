@@ -196,9 +196,9 @@ async def _kill(plane: ControlPlane) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    for timer in [*plane._gap_timers.values(), plane._sweep_timer]:
-        if timer is not None:
-            timer.cancel()
+    plane._training.close()
+    if plane._sweep_timer is not None:
+        plane._sweep_timer.cancel()
 
 
 class DurableRun(RandomRun):

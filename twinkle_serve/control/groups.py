@@ -37,6 +37,11 @@ def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
     return found
 
 
+def driver_of(drivers: Drivers, run: Run) -> GroupDriver:
+    """The run's own group. Raises NotFound if its base model is not served any more."""
+    return drivers.get(run.group) or groups_of(drivers, run.record.base_model)[0]
+
+
 def place_run(books: Books, drivers: Drivers, run: Run) -> None:
     """Give the run a home: of the groups of its base model that are up, the one with the fewest runs that
     somebody is there for. Raises NotFound."""

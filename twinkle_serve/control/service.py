@@ -9,38 +9,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.config import Config, ModelConfig
 from twinkle_serve.control import recovery
-from twinkle_serve.control.backend import Command, Ended, Invalid, PassCommand, Poll, RunInfo
+from twinkle_serve.control.acceptance import STOPPING, Acceptance
+from twinkle_serve.control.backend import Command, Ended, Invalid, Poll, RunInfo
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.clock import Clock, SystemClock, Timer
-from twinkle_serve.control.commands import BirthCommand, RunEntry
-from twinkle_serve.control.custom_losses import loss_id_for
+from twinkle_serve.control.commands import RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.group import Group, GroupLost
-from twinkle_serve.control.groups import groups_of, place_run, place_sample, sampling_group_names
-from twinkle_serve.control.insight import cluster_view, gap_in_words, in_words, measure, run_insight
+from twinkle_serve.control.groups import driver_of, groups_of, place_run, place_sample, sampling_group_names
+from twinkle_serve.control.insight import cluster_view, measure, run_insight
 from twinkle_serve.control.keeper import Keeper
+from twinkle_serve.control.loss_making import LossMaking
 from twinkle_serve.control.management import Management
 from twinkle_serve.control.metrics import Meter
-from twinkle_serve.control.orders import check_loadable
+from twinkle_serve.control.polling import Polling
 from twinkle_serve.control.promises import random_token
-from twinkle_serve.control.quotas import Reason, own_name
-from twinkle_serve.control.runs import Run, run_id_for
+from twinkle_serve.control.quotas import own_name
+from twinkle_serve.control.runs import Run
 from twinkle_serve.control.samplers import sampler_id_for
 from twinkle_serve.control.sampling import Sampling
-from twinkle_serve.control.sessions import Session
-from twinkle_serve.control.views import text_values
+from twinkle_serve.control.training import Training
 from twinkle_serve.control.watch import Watch
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
-from twinkle_serve.protocol.errors import CAPACITY, BackendUnavailable, Busy, UserError
 from twinkle_serve.protocol.work import Failure, ModelInfo
-from twinkle_serve.storage.records import LossRecord, RunRecord, SamplerRecord
+from twinkle_serve.storage.records import SamplerRecord
 
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
@@ -48,10 +45,6 @@ if TYPE_CHECKING:
 
 _SWEEP_EVERY_S = 5.0
 _LISTING_S = 2.0
-_RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
-_FULL = "this server's room for adapters is full; a new run starts once another one ends"
-_RESULTS = "this server's room for results is full; it empties as they are fetched or grow old"
-_STOPPING = Failure("the server is shutting down", "server")
 
 
 class ControlPlane(Management):
@@ -75,7 +68,6 @@ class ControlPlane(Management):
         and runs of a group that died. new_token: where unguessable ids come from. durability: with it nothing
         accepted is lost, and ``recover`` is not asked. meter: where numbers for operators go. name_of: see
         Quotas. ledger: where usage is kept."""
-        self._limits = config.limits
         gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
         self._clock = clock or SystemClock()
         super().__init__(
@@ -89,6 +81,7 @@ class ControlPlane(Management):
             self._keeper.unreadable = self._fall_back
             recover = self._replay
         self._recover = recover
+        self._accept = Acceptance(self._books, self._keeper)
         self._drivers: dict[str, GroupDriver] = {}
         models = {model.name: model for model in config.models}
         for name, group in groups.items():
@@ -97,13 +90,15 @@ class ControlPlane(Management):
             self._books,
             config.limits,
             self._sampling_driver,
-            lambda tenant, origin, num_bytes: self._open(tenant, origin, True, num_bytes),
+            lambda tenant, origin, num_bytes: self._accept.open(tenant, origin, True, num_bytes),
             None if self._keeper is None else self._keeper.path_of_sampler,
         )
-        self._gap_timers: dict[str, Timer] = {}
-        self._making: dict[str, asyncio.Future[str]] = {}
+        self._training = Training(
+            self._books, self._drivers, self._accept, self._keeper, config.limits, self._clock
+        )
+        self._loss_making = LossMaking(self._books, self._drivers, self._accept, self._clock)
+        self._polling = Polling(self._books, self._drivers, self._sampling, self._clock)
         self._sweep_timer: Timer | None = None
-        self._closing = False
 
     @property
     def watch(self) -> Watch:
@@ -134,7 +129,7 @@ class ControlPlane(Management):
         for run in runs:
             if run.record.base_model in served:
                 place_run(self._books, self._drivers, run)
-                self._watch_gap(run)
+                self._training.watch_gap(run)
                 if recovery.has_work(run):
                     self._drivers[run.group].ready(run)
         for sampler in self._books.samplers.with_snapshot():
@@ -146,16 +141,17 @@ class ControlPlane(Management):
     async def close(self, timeout_s: float = 10.0) -> None:
         """Let running ticks end within ``timeout_s``; then everything still pending fails, unless it is in
         the journal, where the next start finds it."""
-        self._closing = True
+        self._accept.closed = True
         await asyncio.gather(*(driver.close(timeout_s) for driver in self._drivers.values()))
         self._books.usage.write()
-        for timer in [*self._gap_timers.values(), *filter(None, [self._sweep_timer])]:
-            timer.cancel()
+        self._training.close()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         if self._keeper is not None:
             await self._keeper.close(min(timeout_s, _LISTING_S))
             self._books.promises.wake_all()
         else:
-            self._books.promises.fail_all(_STOPPING, self._clock.now())
+            self._books.promises.fail_all(STOPPING, self._clock.now())
 
     async def _replay(self, driver: GroupDriver, lost: GroupLost) -> None:
         assert self._keeper is not None
@@ -177,7 +173,7 @@ class ControlPlane(Management):
     async def healthy(self) -> bool:
         """Whether every base model has a group that is up."""
         up = {driver.group.info.name for driver in self._drivers.values() if driver.healthy}
-        return not self._closing and all(info.name in up for info in await self.models())
+        return not self._accept.closed and all(info.name in up for info in await self.models())
 
     async def models(self) -> Sequence[ModelInfo]:
         return list({driver.group.info.name: driver.group.info for driver in self._drivers.values()}.values())
@@ -212,12 +208,8 @@ class ControlPlane(Management):
         spec: LoraSpec,
         user_metadata: Mapping[str, Any],
     ) -> str:
-        max_rank = self._driver(base_model).group.info.max_rank
-        if not 1 <= spec.rank <= max_rank:
-            raise Invalid(f"lora_config.rank {spec.rank} is not between 1 and {max_rank}")
-        birth = BirthCommand()
-        return await self._create_run(
-            tenant, session_id, model_seq_id, base_model, spec, user_metadata, birth
+        return await self._training.create_model(
+            tenant, session_id, model_seq_id, base_model, spec, user_metadata
         )
 
     async def create_model_from(
@@ -230,128 +222,21 @@ class ControlPlane(Management):
         base_model: str | None,
         user_metadata: Mapping[str, Any],
     ) -> str:
-        self._books.sessions.get(tenant, session_id)
-        source = self._books.checkpoints.find(tenant, path)
-        model = source.base_model if base_model is None else base_model
-        self._driver(model)
-        try:
-            check_loadable(source, model, optimizer)
-        except UserError as error:
-            raise Invalid(str(error)) from None
-        birth = BirthCommand(path, optimizer)
-        return await self._create_run(
-            tenant, session_id, model_seq_id, model, source.spec, user_metadata, birth
+        return await self._training.create_model_from(
+            tenant, session_id, model_seq_id, path, optimizer, base_model, user_metadata
         )
-
-    async def _create_run(
-        self,
-        tenant: str,
-        session_id: str,
-        model_seq_id: int,
-        base_model: str,
-        spec: LoraSpec,
-        user_metadata: Mapping[str, Any],
-        birth: BirthCommand,
-    ) -> str:
-        now = self._clock.now()
-        session = self._books.sessions.usable(tenant, session_id, now)
-        run_id = run_id_for(session_id, model_seq_id)
-        if model_seq_id in session.models:
-            _, original = session.models[model_seq_id]
-            if original is not None:
-                return await self._durable(original)
-            run = self._books.runs.get(tenant, run_id)
-            if not self._was_never_accepted(run):
-                return self._failed(tenant, run.down)
-            run.log = run.log.restarted(1)
-            return await self._bear(session, run, birth)
-        self._check_room()
-        self._books.quotas.check_room(tenant)
-        record = RunRecord(
-            run_id, session_id, model_seq_id, tenant, base_model, spec, now, now, text_values(user_metadata)
-        )
-        return await self._bear(session, self._books.runs.create(record), birth)
-
-    async def _bear(self, session: Session, run: Run, birth: BirthCommand) -> str:
-        request_id = self._open(run.tenant, ("run", run.run_id, 0))
-        session.models[run.record.model_seq_id] = (run.run_id, request_id)
-        run.log.prepend(request_id, birth)
-        place_run(self._books, self._drivers, run)
-        if self._keeper is not None:
-            self._keeper.accept(run, 0, request_id, birth, numbered=True)
-        self._drivers[run.group].ready(run)
-        return await self._durable(request_id)
-
-    def _was_never_accepted(self, run: Run) -> bool:
-        """Its record was written, and then this server died before its client was told."""
-        if self._keeper is None or run.run_id in self._keeper.kept or run.record.unloaded:
-            return False
-        return run.record.last_request_at == run.record.created_at
 
     async def submit(self, tenant: str, run_id: str, seq_id: int | None, command: Command) -> str:
-        now = self._clock.now()
-        original = self._books.runs.get(tenant, run_id).log.original(seq_id)
-        if original is not None:
-            return await self._durable(original)
-        run = self._books.runs.usable(tenant, run_id, now)
-        if run.record.corrupted:
-            return self._failed(tenant, run.down)  # its log may lack what others wait for
-        driver = self._driver_of(run)
-        num_bytes = len(command.datums) if isinstance(command, PassCommand) else 0
-        self._check_room()
-        if seq_id is None or seq_id != run.log.missing:  # what others wait for makes room
-            self._books.quotas.check_room(tenant, num_bytes)
-        self._check_parked(run, seq_id)
-        request_id = self._open(tenant, ("run", run_id, seq_id), num_bytes=num_bytes)
-        if self._keeper is not None:
-            number = run.log.next_number if seq_id is None else seq_id
-            self._keeper.accept(run, number, request_id, command, numbered=seq_id is not None)
-        failure = run.log.append(seq_id, request_id, command, now)
-        if failure is not None:
-            self._books.fail(request_id, failure)
-        driver.ready(run)
-        self._watch_gap(run)
-        return await self._durable(request_id)
+        return await self._training.submit(tenant, run_id, seq_id, command)
 
-    async def _durable(self, request_id: str) -> str:
-        """The id, once the request is on disk."""
-        if self._keeper is not None:
-            await self._keeper.durable(request_id)
-        return request_id
-
-    def _check_parked(self, run: Run, seq_id: int | None) -> None:
-        """A client may send far ahead of a request that does not come, but not without end."""
-        missing = run.log.missing
-        if missing is None or seq_id is None or seq_id <= missing:
-            return
-        parked = sum(len(c.datums) for c in run.log.parked if isinstance(c, PassCommand))
-        if parked > self._limits.parked_bytes_per_run:
-            raise BackendUnavailable(f"too much waits for seq_id {missing}, which has not arrived")
-
-    def _check_room(self) -> None:
-        if self._keeper is not None:
-            self._keeper.check_room()
-
-    def _watch_gap(self, run: Run) -> None:
-        """See to it that a hole in the run's seq_ids is given up in time."""
-        deadline = run.log.deadline
-        if deadline is not None and run.run_id not in self._gap_timers:
-            delay = max(0.0, deadline - self._clock.now())
-            self._gap_timers[run.run_id] = self._clock.call_later(delay, partial(self._gap_due, run))
-
-    def _gap_due(self, run: Run) -> None:
-        del self._gap_timers[run.run_id]
-        last = run.log.next_number - 1
-        failed = run.log.expire(self._clock.now())
-        if failed and self._keeper is not None:
-            self._keeper.gave_up(run, last)
-        for request_id, failure in failed:
-            self._books.fail(request_id, failure)
-        self._watch_gap(run)
+    async def create_custom_loss(
+        self, tenant: str, session_id: str, custom_loss_seq_id: int, graph: str | Failure
+    ) -> str:
+        return await self._loss_making.create_custom_loss(tenant, session_id, custom_loss_seq_id, graph)
 
     async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
         run = self._books.runs.get(tenant, run_id)
-        return run_insight(self._books, self._driver_of(run), run)
+        return run_insight(self._books, driver_of(self._drivers, run), run)
 
     async def cluster_view(self) -> Mapping[str, Any]:
         return cluster_view(self._books, self._drivers, self._keeper)
@@ -359,36 +244,6 @@ class ControlPlane(Management):
     async def run_info(self, tenant: str, run_id: str) -> RunInfo:
         record = self._books.runs.get(tenant, run_id).record
         return RunInfo(run_id, tenant, self._driver(record.base_model).group.info, record.spec)
-
-    async def create_custom_loss(
-        self, tenant: str, session_id: str, custom_loss_seq_id: int, graph: str | Failure
-    ) -> str:
-        session = self._books.sessions.usable(tenant, session_id, self._clock.now())
-        loss_id = loss_id_for(session.record.session_id, custom_loss_seq_id)
-        making = self._making.get(loss_id)
-        if making is None:
-            making = asyncio.ensure_future(self._make_loss(tenant, session_id, loss_id, graph))
-            self._making[loss_id] = making
-            making.add_done_callback(lambda _: self._making.pop(loss_id))
-        return await asyncio.shield(making)
-
-    async def _make_loss(self, tenant: str, session_id: str, loss_id: str, graph: str | Failure) -> str:
-        known = self._books.losses.find(loss_id)
-        if known is not None:
-            return known.request_id
-        if isinstance(graph, Failure):
-            return self._failed(tenant, graph)
-        try:
-            failure = await next(iter(self._drivers.values())).group.check_loss(graph)
-        except GroupLost:
-            raise BackendUnavailable(_RECOVERING) from None
-        if failure is not None:
-            return self._failed(tenant, failure)
-        now = self._clock.now()
-        request_id = self._books.promises.open(tenant, None)
-        self._books.losses.add(LossRecord(loss_id, session_id, tenant, now, request_id, graph))
-        self._books.resolve(request_id, {"loss_id": loss_id})
-        return request_id
 
     # sampling -------------------------------------------------------------------------------------
 
@@ -451,67 +306,10 @@ class ControlPlane(Management):
     # promises -------------------------------------------------------------------------------------
 
     async def poll(self, tenant: str, request_id: str, timeout_s: float) -> Poll:
-        promises = self._books.promises
-        poll = self._look(tenant, request_id)
-        if poll.state != "pending":
-            return poll
-        if timeout_s <= 0:
-            with self._sampling.asked_for(request_id):
-                return poll
-        woken = asyncio.Event()
-        unsubscribe = promises.subscribe(request_id, woken.set)
-        timer = self._clock.call_later(timeout_s, woken.set)
-        try:
-            with self._sampling.asked_for(request_id):
-                await woken.wait()
-        finally:
-            timer.cancel()
-            unsubscribe()
-        return self._look(tenant, request_id)
+        return await self._polling.poll(tenant, request_id, timeout_s)
 
-    def _look(self, tenant: str, request_id: str) -> Poll:
-        poll = self._books.promises.look(tenant, request_id)
-        if poll.state != "pending":
-            return poll
-        origin = self._books.promises.origin(request_id)
-        drivers = self._drivers_of(origin)
-        if any(driver.lost is not None for driver in drivers):
-            return replace(poll, queue_state="paused_capacity", queue_reason=_RECOVERING)
-        limit = self._over_limit(tenant, request_id, origin)
-        if limit is not None:
-            return replace(poll, queue_state=limit[0], queue_reason=limit[1])
-        is_birth = isinstance(origin, tuple) and origin[0] == "run" and origin[2] == 0
-        if is_birth and any(driver.is_full() for driver in drivers):
-            return replace(poll, queue_state="paused_capacity", queue_reason=_FULL)
-        reason = self._standing(tenant, request_id)
-        return poll if reason is None else replace(poll, queue_state="paused_capacity", queue_reason=reason)
-
-    def _standing(self, tenant: str, request_id: str) -> str | None:
-        """Where a request stands that waits for others, in words; None if it is being worked on."""
-        run_id = self._books.promises.run_of(request_id)
-        run = None if run_id is None else self._books.runs.find(run_id)
-        if run is not None:
-            if self._books.watch.is_running(request_id):
-                return None
-            standings = [self._drivers[run.group].run_standing(run)]
-            gap = gap_in_words(run, self._books.watch.seq_id_of(request_id))
-            if gap is not None:
-                return gap
-        else:
-            standings = [driver.sample_standing(tenant, request_id) for driver in self._drivers.values()]
-        return next((in_words(*standing) for standing in standings if standing is not None), None)
-
-    def _over_limit(self, tenant: str, request_id: str, origin: Any) -> Reason | None:
-        """What the tenant uses so much of that the request, or one before it in its run, has to wait."""
-        if not isinstance(origin, tuple):
-            return None
-        if origin[0] != "run":
-            found = (driver.too_fast(tenant, request_id) for driver in self._drivers.values())
-            return next(filter(None, found), None)
-        run = self._books.runs.find(origin[1])
-        if run is None or not run.log.ready:
-            return None
-        return self._books.quotas.reason_to_wait(run, run.log.ready[0].command)
+    async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
+        return await self._polling.follow(tenant, request_id, after, timeout_s)
 
     def gauges(self) -> Mapping[str, Mapping[str, float]]:
         """By name: what each group holds. Names as in GroupDriver.gauges and TickReport.gauges."""
@@ -526,51 +324,14 @@ class ControlPlane(Management):
     ) -> tuple[tuple[Ended, ...], int] | None:
         return await self._sampling.poll_all(tenant, sampler_id, clone, cursor, timeout_s)
 
-    async def follow(self, tenant: str, request_id: str, after: int, timeout_s: float) -> Poll:
-        promises = self._books.promises
-        if promises.progress(tenant, request_id, after):
-            timeout_s = 0.0
-        poll = await self.poll(tenant, request_id, timeout_s)
-        if poll.state != "pending":
-            return poll
-        return Poll("pending", promises.progress(tenant, request_id, after), None, poll.queue_state)
-
     # helpers --------------------------------------------------------------------------------------
 
     def _driver(self, base_model: str) -> GroupDriver:
         """Any group of the base model. Raises NotFound."""
         return groups_of(self._drivers, base_model)[0]
 
-    def _driver_of(self, run: Run) -> GroupDriver:
-        """Raises NotFound if the run's base model is not served any more."""
-        return self._drivers.get(run.group) or self._driver(run.record.base_model)
-
-    def _drivers_of(self, origin: Any) -> list[GroupDriver]:
-        """The groups that may be at work on a request."""
-        run = self._books.runs.find(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
-        return list(self._drivers.values()) if run is None else [self._driver_of(run)]
-
     def _sampling_driver(self, base_model: str, home: str | None) -> GroupDriver:
         return self._drivers.get(home or "") or place_sample(self._drivers, base_model)
-
-    def _open(
-        self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False, num_bytes: int = 0
-    ) -> str:
-        if self._closing:
-            raise BackendUnavailable(_STOPPING.message)
-        if self._books.promises.is_full:
-            raise Busy(_RESULTS, CAPACITY)
-        if sampling:
-            self._books.quotas.check_room(tenant, num_bytes)
-        request_id = self._books.promises.open(tenant, origin, sampling, num_bytes)
-        self._books.watch.accepted(request_id, tenant, origin)
-        return request_id
-
-    def _failed(self, tenant: str, failure: Failure | None) -> str:
-        """A promise that has failed already."""
-        request_id = self._books.promises.open(tenant, None)
-        self._books.fail(request_id, failure or Failure("this model_seq_id is taken by an older run"))
-        return request_id
 
     def _park(self, run_id: str) -> None:
         run = self._books.runs.find(run_id)
