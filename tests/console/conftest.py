@@ -24,6 +24,7 @@ def insight(**status: Any) -> dict[str, Any]:
         "version": 7,
         "num_steps": 2,
         "total_tokens": 20,
+        "loss": 2.5,
         "steps": steps,
         "reported": {"step": [1.0], "reward": [0.5]},
         "status": {"state": "idle", "num_waiting": 0} | status,

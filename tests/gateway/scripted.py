@@ -234,7 +234,7 @@ class ScriptedBackend:
             return Poll("pending", value=tuple(self.deltas[after:]))
         return await self.poll(tenant, request_id, timeout_s)
 
-    async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
+    async def run_insight(self, tenant: str, run_id: str, curves: bool = True) -> Mapping[str, Any]:
         self._note("run_insight", tenant, run_id)
         self._owned(tenant, run_id)
         return self.insight

@@ -30,7 +30,7 @@ async def runs(request: Request, visitor: SignedIn, offset: Offset = 0) -> Respo
     call = visitor.call
     found, total = await call.backend.list_runs(call.tenant, PAGE_SIZE, offset)
     insights = await asyncio.gather(
-        *(call.backend.run_insight(call.tenant, run["training_run_id"]) for run in found)
+        *(call.backend.run_insight(call.tenant, run["training_run_id"], False) for run in found)
     )
     words = translator(language_of(request))
     shown = [_run_row(run, insight, words) for run, insight in zip(found, insights, strict=True)]
@@ -41,7 +41,7 @@ async def runs(request: Request, visitor: SignedIn, offset: Offset = 0) -> Respo
 async def run(request: Request, run_id: str, visitor: SignedIn) -> Response:
     call = visitor.call
     found = await call.backend.get_run(call.tenant, run_id)
-    insight = await call.backend.run_insight(call.tenant, run_id)
+    insight = await call.backend.run_insight(call.tenant, run_id, False)
     checkpoints, _ = await call.backend.list_checkpoints(call.tenant, run_id, None, 0)
     words = translator(language_of(request))
     return page(
@@ -116,12 +116,11 @@ def status_in_words(status: Mapping[str, Any], words: Words) -> str:
 
 
 def _run_row(run: Mapping[str, Any], insight: Mapping[str, Any], words: Words) -> dict[str, Any]:
-    losses = [value for value in insight["steps"].get("loss", []) if value is not None]
     return {
         **run,
         "num_steps": insight["num_steps"],
         "total_tokens": insight["total_tokens"],
-        "loss": losses[-1] if losses else None,
+        "loss": insight["loss"],
         "state": insight["status"]["state"],
         "status": status_in_words(insight["status"], words),
         "num_waiting": insight["status"]["num_waiting"],

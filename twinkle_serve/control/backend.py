@@ -201,8 +201,8 @@ class Backend(Protocol):
         """Its text. Raises NotFound."""
         ...
 
-    async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
-        """A run's curves by step and what it is doing: control/insight.py."""
+    async def run_insight(self, tenant: str, run_id: str, curves: bool = True) -> Mapping[str, Any]:
+        """A run's numbers, its curves by step if asked for, and what it is doing: control/insight.py."""
         ...
 
     async def report_metrics(

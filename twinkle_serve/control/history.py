@@ -61,6 +61,11 @@ class Curves:
         column = self._columns.get(name)
         return column[-1] if column and not math.isnan(column[-1]) else None
 
+    def newest(self, name: str) -> float | None:
+        """The last value that there is."""
+        column = self._columns.get(name, array("d"))
+        return next((value for value in reversed(column) if math.isfinite(value)), None)
+
     @classmethod
     def restored(cls, columns: Mapping[str, list[float | None]]) -> Curves:
         """From what ``columns`` gave. Raises ValueError or TypeError for what it cannot have given."""
@@ -137,13 +142,14 @@ class RunHistory:
         """``values``: what the run's own program wants to see drawn, for instance its reward."""
         self.reported.append({"step": step, "time": time, **values})
 
-    def view(self) -> dict[str, Any]:
+    def view(self, curves: bool = True) -> dict[str, Any]:
+        """curves: False leaves the long part out."""
         return {
             "version": self.version,
             "num_steps": int(self.steps.last("step") or 0),
             "total_tokens": int(self.steps.last("total_tokens") or 0),
-            "steps": self.steps.columns(),
-            "reported": self.reported.columns(),
+            "loss": self.steps.newest("loss"),
+            **(self.state() if curves else {}),
         }
 
     def state(self) -> dict[str, Any]:

@@ -60,9 +60,9 @@ def _journal_lag(books: Books, keeper: Keeper | None) -> float:
     return 0.0 if accepted_at is None else max(0.0, books.clock.now() - accepted_at)
 
 
-def run_insight(books: Books, driver: GroupDriver, run: Run) -> dict[str, Any]:
-    """A run's curves, and what it is doing."""
-    return {**books.watch.histories.of(run.run_id).view(), "status": _run_status(driver, run)}
+def run_insight(books: Books, driver: GroupDriver, run: Run, curves: bool) -> dict[str, Any]:
+    """A run's numbers and, if asked for, its curves; and what it is doing."""
+    return {**books.watch.histories.of(run.run_id).view(curves), "status": _run_status(driver, run)}
 
 
 def _run_status(driver: GroupDriver, run: Run) -> dict[str, Any]:

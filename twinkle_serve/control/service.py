@@ -234,9 +234,9 @@ class ControlPlane(Management):
     ) -> str:
         return await self._loss_making.create_custom_loss(tenant, session_id, custom_loss_seq_id, graph)
 
-    async def run_insight(self, tenant: str, run_id: str) -> Mapping[str, Any]:
+    async def run_insight(self, tenant: str, run_id: str, curves: bool = True) -> Mapping[str, Any]:
         run = self._books.runs.get(tenant, run_id)
-        return run_insight(self._books, driver_of(self._drivers, run), run)
+        return run_insight(self._books, driver_of(self._drivers, run), run, curves)
 
     async def cluster_view(self) -> Mapping[str, Any]:
         return cluster_view(self._books, self._drivers, self._keeper)

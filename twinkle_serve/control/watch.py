@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from twinkle_serve.control.backend import (
@@ -171,11 +172,12 @@ class Watch:
         }
         logger.log(level, "%s: %s", kind, failure.message if failure else "done", extra=extra)
 
-    def forget_stale(self, is_pending: Any) -> None:
+    def forget_stale(self, is_pending: Callable[[str], bool]) -> None:
         """Drop what was lost without an answer."""
         limit = self._clock.now() - _STALE_S
-        old = [key for key, request in self._requests.items() if request.accepted_at < limit]
-        for request_id in old:
+        # The oldest come first, and there may be very many.
+        old = takewhile(lambda item: item[1].accepted_at < limit, self._requests.items())
+        for request_id in [request_id for request_id, _ in old]:
             if not is_pending(request_id):
                 del self._requests[request_id]
 
