@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.cookbook.workspace import MODEL, make_workspace
 from twinkle_serve.testing.cache import build_once
@@ -98,122 +99,110 @@ def resumed(metrics: Metrics) -> None:
     assert set(steps) == set(range(5)), steps
 
 
-def _common(log: str) -> tuple[str, ...]:
-    return (f"log_path={log}", f"model_name={MODEL}")
+def _recipe(
+    name: str, module: str, check: Callable[[Metrics], None], options: str, log: str = "", **more: Any
+) -> Recipe:
+    """``options`` as they are typed; what nearly all of them need goes before, and a later one counts."""
+    first = f"log_path=logs/{log or name} model_name={MODEL} behavior_if_log_dir_exists=delete"
+    return Recipe(name, module, (*first.split(), *options.split()), check, log, **more)
 
 
-def _math(name: str, *options: str, check: Callable[[Metrics], None] = on_policy) -> Recipe:
-    short = ("env=arithmetic", "group_size=4", "groups_per_batch=2", "max_tokens=5", "max_steps=2")
-    more = (
-        "loss_fn=importance_sampling",
-        "lora_rank=8",
-        "learning_rate=1e-4",
-        "behavior_if_log_dir_exists=delete",
+def _loop(name: str, check: Callable[[Metrics], None], options: str) -> Recipe:
+    """The two recipes without abstractions, which never look at what is in their folder."""
+    return Recipe(name, name, (f"log_path=logs/{name}", f"model_name={MODEL}", *options.split()), check)
+
+
+def _math(name: str, check: Callable[[Metrics], None], options: str = "") -> Recipe:
+    short = "env=arithmetic group_size=4 groups_per_batch=2 max_tokens=5 max_steps=2 lora_rank=8"
+    return _recipe(
+        name, "math_rl.train", check, f"{short} loss_fn=importance_sampling learning_rate=1e-4 {options}"
     )
-    return Recipe(name, "math_rl.train", (*_common(f"logs/{name}"), *short, *more, *options), check)
 
 
-_SL = ("max_steps=4", "batch_size=8", "lora_rank=8", "learning_rate=1e-2", "save_every=2")
-_DELETE = "behavior_if_log_dir_exists=delete"
 _CHAT = (
-    *_common("logs/chat_sl"),
-    "dataset=no_robots",
-    "eval_every=0",
-    "infrequent_eval_every=0",
-    "batch_size=8",
+    "dataset=no_robots eval_every=0 infrequent_eval_every=0 batch_size=8 lora_rank=8 learning_rate=1e-2 "
+    "save_every=2 rolling_save_every=1"
 )
-_CHAT_MORE = ("lora_rank=8", "learning_rate=1e-2", "save_every=2", "rolling_save_every=1")
-_RL = ("group_size=4", "max_tokens=8", "max_steps=2", "lora_rank=8", "loss_fn=importance_sampling")
+_TINY = "lora_rank=8 max_tokens=8 max_steps=2 eval_every=0"
+_RENDERER = "renderer_name=qwen3_instruct"
 
 RECIPES = (
-    Recipe("sl_loop", "sl_loop", (*_common("logs/sl_loop"), *_SL), learns),
-    Recipe("rl_loop", "rl_loop", (*_common("logs/rl_loop"), *_RL, "batch_size=2", "save_every=1"), runs),
-    Recipe("chat_sl", "chat_sl.train", (*_CHAT, *_CHAT_MORE, "max_steps=3", _DELETE), learns),
-    Recipe(
+    _loop("sl_loop", learns, "max_steps=4 batch_size=8 lora_rank=8 learning_rate=1e-2 save_every=2"),
+    _loop(
+        "rl_loop",
+        runs,
+        "group_size=4 max_tokens=8 max_steps=2 lora_rank=8 loss_fn=importance_sampling batch_size=2 "
+        "save_every=1",
+    ),
+    _recipe("chat_sl", "chat_sl.train", learns, f"{_CHAT} max_steps=3"),
+    _recipe(
         "chat_sl resumed",
         "chat_sl.train",
-        (*_CHAT, *_CHAT_MORE, "max_steps=5", "behavior_if_log_dir_exists=resume"),
         resumed,
+        f"{_CHAT} max_steps=5 behavior_if_log_dir_exists=resume",
         log="chat_sl",
         prepare=interrupted,
     ),
-    _math("math_rl"),
-    _math("math_rl_kl", "compute_post_kl=True"),
-    _math("math_rl_ppo", "loss_fn=ppo"),
-    _math("math_rl_gsm8k", "env=gsm8k", "max_tokens=8"),
-    _math("math_rl_async", "max_steps_off_policy=1", check=runs),
+    _math("math_rl", on_policy),
+    _math("math_rl_kl", on_policy, "compute_post_kl=True"),
+    _math("math_rl_ppo", on_policy, "loss_fn=ppo"),
+    _math("math_rl_gsm8k", on_policy, "env=gsm8k max_tokens=8"),
+    _math("math_rl_async", runs, "max_steps_off_policy=1"),
     _math(
         "math_rl_stream",
-        "stream_minibatch_config.num_minibatches=2",
-        "stream_minibatch_config.groups_per_batch=2",
+        on_policy,
+        "stream_minibatch_config.num_minibatches=2 stream_minibatch_config.groups_per_batch=2",
     ),
-    Recipe(
+    _recipe(
         "dpo",
         "preference.dpo.train",
-        (*_common("logs/dpo"), "dataset=hhh", "batch_size=8", "max_steps=2", "learning_rate=1e-3", _DELETE),
         begins_at_ln_2,
+        "dataset=hhh batch_size=8 max_steps=2 learning_rate=1e-3",
     ),
     Recipe(
         "rlhf",
         "preference.rlhf.rlhf_pipeline",
-        (f"base_model={MODEL}", "short_name=tiny", "lora_rank=8", "batch_size=4", "rl_max_tokens=8")
-        + ("rl_group_size=2", "max_steps=2", "save_every=1", "eval_every=0", "num_groups_to_log=0"),
+        tuple(
+            f"base_model={MODEL} short_name=tiny lora_rank=8 batch_size=4 rl_max_tokens=8 rl_group_size=2 "
+            "max_steps=2 save_every=1 eval_every=0 num_groups_to_log=0".split()
+        ),
         on_policy,
         log="rlhf-tiny/rl",
     ),
-    Recipe(
+    _recipe(
         "on_policy_distillation",
         "distillation.on_policy_distillation",
-        (*_common("logs/on_policy_distillation"), f"teacher_model={MODEL}", "dataset=deepmath", "max_steps=2")
-        + ("lora_rank=8", "group_size=2", "groups_per_batch=2", "max_tokens=8", "eval_every=0", _DELETE),
         own_teacher,
+        f"teacher_model={MODEL} dataset=deepmath group_size=2 groups_per_batch=2 {_TINY}",
     ),
-    Recipe(
+    _recipe(
         "off_policy_distillation",
         "distillation.off_policy_reasoning",
-        (
-            *_common("logs/off_policy_distillation"),
-            "renderer_name=qwen3_instruct",
-            "lora_rank=8",
-            "max_steps=2",
-        )
-        + ("batch_size=8", "learning_rate=1e-2", "buffer_size=16", "max_prompts=32", "eval_every=0", _DELETE),
         learns,
+        f"{_RENDERER} lora_rank=8 max_steps=2 batch_size=8 learning_rate=1e-2 buffer_size=16 max_prompts=32 "
+        "eval_every=0",
     ),
-    Recipe(
-        "sdft",
-        "sdft.train",
-        (*_common("logs/sdft"), "lora_rank=8", "groups_per_batch=2", "max_tokens=8", "max_steps=2", "topk=4")
-        + ("eval_every=0", _DELETE),
-        runs,
-    ),
-    Recipe(
+    _recipe("sdft", "sdft.train", runs, f"groups_per_batch=2 topk=4 {_TINY}"),
+    _recipe(
         "prompt_distillation",
         "prompt_distillation.train",
-        (*_common("logs/prompt_distillation"), "file_path=distilled.jsonl", "renderer_name=qwen3_instruct")
-        + ("lora_rank=8", "num_epochs=1", "batch_size=8", "learning_rate=1e-2", "eval_every=0", _DELETE),
         learns,
+        f"file_path=distilled.jsonl {_RENDERER} lora_rank=8 num_epochs=1 batch_size=8 learning_rate=1e-2 "
+        "eval_every=0",
     ),
-    Recipe(
+    _recipe(
         "guess_number",
         "multiplayer_rl.guess_number.train",
-        (*_common("logs/guess_number"), "renderer_name=qwen3_instruct", "group_size=2", "batch_size=2")
-        + ("max_tokens=8", "max_steps=2", "eval_every=0", _DELETE),
         on_policy,
+        f"{_RENDERER} group_size=2 batch_size=2 max_tokens=8 max_steps=2 eval_every=0",
     ),
-    Recipe(
+    _recipe(
         "rubric",
         "rubric.train",
-        (*_common("logs/rubric"), "renderer_name=qwen3_instruct", f"grader_llm_name={MODEL}", "lora_rank=8")
-        + ("grader_renderer_name=qwen3_instruct", "train_group_size=2", "groups_per_batch=2", "max_tokens=8")
-        + (
-            "train_jsonl_path=rubric_train.jsonl",
-            "test_jsonl_path=rubric_test.jsonl",
-            "eval_every=0",
-            _DELETE,
-        )
-        + ("loss_fn=importance_sampling", "max_steps=2"),
         on_policy,
+        f"{_RENDERER} grader_llm_name={MODEL} grader_renderer_name=qwen3_instruct train_group_size=2 "
+        "groups_per_batch=2 train_jsonl_path=rubric_train.jsonl test_jsonl_path=rubric_test.jsonl "
+        f"loss_fn=importance_sampling {_TINY}",
     ),
 )
 
