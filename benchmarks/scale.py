@@ -243,7 +243,8 @@ def run(rows: Rows, budget: Budget, models: Path) -> None:
     groups = GROUPS[:2] if budget.quick else GROUPS
     demand = Demand(tenants=200) if budget.quick else Demand()
     # Arrivals are set so that half of the largest cluster would be busy all day.
-    demand = demand.scaled(load_for(costs, demand, 0.5 * max(groups)))
+    busy = 0.002 if budget.quick else 0.5
+    demand = demand.scaled(load_for(costs, demand, busy * max(groups)))
     note = "; ".join(f"{name} = {value:.3g} ({source})" for name, value, source in sources)
     print(f"  assumptions: {demand}; {note}")
     for count in groups:
@@ -255,8 +256,17 @@ def run(rows: Rows, budget: Budget, models: Path) -> None:
             f"{count} groups, {demand.tenants:,} tenants, a day on paper: utilisation",
             found["utilisation"],
             "",
+            note=in_words(found),
             detail=found | {"assumptions": [list(source) for source in sources], "demand": str(demand)},
         )
+
+
+def in_words(found: dict[str, float]) -> str:
+    return (
+        f"queue p50 {found['queue p50 s']:.3g} s, p99 {found['queue p99 s']:.3g} s; a day: "
+        f"paging {found['paging bytes a day'] / 1e9:.3g} GB, journal {found['journal bytes a day'] / 1e9:.3g} GB, "
+        f"{found['sessions done']:.0%} of the sessions done"
+    )
 
 
 def load_for(costs: Costs, demand: Demand, busy_groups: float, runs_a_tick: float = 4.0) -> float:
