@@ -262,9 +262,10 @@ def run(rows: Rows, budget: Budget, models: Path) -> None:
 
 
 def in_words(found: dict[str, float]) -> str:
+    gigabytes = {what: found[f"{what} bytes a day"] / 1e9 for what in ("paging", "journal")}
     return (
-        f"queue p50 {found['queue p50 s']:.3g} s, p99 {found['queue p99 s']:.3g} s; a day: "
-        f"paging {found['paging bytes a day'] / 1e9:.3g} GB, journal {found['journal bytes a day'] / 1e9:.3g} GB, "
+        f"queue p50 {found['queue p50 s']:.3g} s, p99 {found['queue p99 s']:.3g} s; a day: paging "
+        f"{gigabytes['paging']:.3g} GB, journal {gigabytes['journal']:.3g} GB, "
         f"{found['sessions done']:.0%} of the sessions done"
     )
 
