@@ -15,6 +15,7 @@ from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import TENANT, Client, control_plane, optim
 from tests.control.virtual_time import VirtualClock, run
 from twinkle_serve.control.metrics import Tally, tenant_hash
+from twinkle_serve.control.spans import TRACE_PARENT, Span
 from twinkle_serve.control.watch import Watch, summary_of
 from twinkle_serve.protocol.data import SampledSequence, SampleResult
 from twinkle_serve.protocol.work import Outcome, Tick, TickReport
@@ -125,6 +126,30 @@ def test_a_session_is_traced_from_waiting_to_phases(tmp_path: Path) -> None:
     assert work["ts"] + work["dur"] <= step["ts"] + step["dur"]
     assert work["args"]["seq_id"] == 1
     assert work["args"]["tokens"] == 40
+
+
+def test_a_requests_trace_goes_on_into_the_tick(tmp_path: Path) -> None:
+    parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+
+    async def program() -> list[Span]:
+        exported: list[Span] = []
+        async with control_plane(tmp_path, MeteredGroup()) as plane:
+            client = await Client(plane).open()
+            run_id = await client.create()
+            plane.watch.spans.export = exported.append
+            token = TRACE_PARENT.set(parent)
+            request_id = await client.submit(run_id, 1, pass_command("p"))
+            TRACE_PARENT.reset(token)
+            await client.result(request_id)
+            await client.do(run_id, 2, optim())
+            return exported
+
+    spans = run(program())
+    by_trace = {span.name: span.parents for span in spans if span.track == "ticks base" or span.parents}
+    assert by_trace["waiting"] == by_trace["forward_backward"] == (parent,)
+    ticks = [(span.name, span.parents) for span in spans if span.track == "ticks base"]
+    assert ticks == [("passes", (parent,)), ("optim", (parent,)), ("passes", ()), ("optim", ())]
+    assert all(span.parents == () for span in spans if span.name == "optim_step")
 
 
 def test_a_lost_group_is_counted(tmp_path: Path) -> None:
