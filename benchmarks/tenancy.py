@@ -45,9 +45,9 @@ def sharing(rows: Rows, budget: Budget, directory: Path) -> None:
         clients.train(range(max(counts)), tokens=TOKENS, depth=1, steps=2 if budget.quick else 10)
         # Each arm takes about as long, whatever its number of tenants.
         arms: dict[str, Callable[[], Any]] = {
-            str(n): lambda n=n: _measured(clients, server, n, 0.5 if budget.quick else 3.0) for n in counts
+            str(n): lambda n=n: _measured(clients, server, n, 0.5 if budget.quick else 2.0) for n in counts
         }
-        found = in_turn(arms, rounds=1 if budget.quick else 8, seconds=budget.share(0.45), min_rounds=1)
+        found = in_turn(arms, rounds=1 if budget.quick else 8, seconds=budget.share(0.35), min_rounds=1)
     alone = [each["cpu"] for each in found["1"]]
     for count in counts:
         used = [each["cpu"] for each in found[str(count)]]
