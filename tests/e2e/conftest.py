@@ -47,6 +47,7 @@ def server(
         "models": [model | {"num_threads": 1, "device": "cpu"} for model in models],
         "storage": {"root": str(directory / "store")},
         "http": {"replicas": 2},
+        "monitoring": {"log_file": str(directory / "server.jsonl"), "log_level": "DEBUG"},
     }
     config.write_text(json.dumps(tree))
     with running_server(config, log=directory / "server.log") as server:
