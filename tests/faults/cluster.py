@@ -76,7 +76,9 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         address = f"http://127.0.0.1:{self.dashboard_port}"
         own = {"RAY_AUTH_TOKEN": self.token, "RAY_DASHBOARD_ADDRESS": address, "RAY_ADDRESS": address}
-        return {**os.environ, **SWITCHES, **own, "RAY_memory_monitor_refresh_ms": "0"}
+        # The one that is left out keeps Ray from having a second node.
+        switches = {key: SWITCHES[key] for key in SWITCHES if key != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+        return {**os.environ, **switches, **own, "RAY_memory_monitor_refresh_ms": "0"}
 
     def add_node(self) -> Node:
         """The first one is the head."""
@@ -89,10 +91,16 @@ class Cluster:
             options += ["--head", f"--port={self.head_port}", f"--ray-client-server-port={free_port()}"]
             options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
-        with (self.root / f"node{len(self.nodes)}.log").open("wb") as log:
+        path = self.root / f"node{len(self.nodes)}.log"
+        with path.open("wb") as log:
             command = [str(BIN / "ray"), "start", *options]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.nodes.append(Node(process, scratch))
+        deadline = time.monotonic() + READY_S
+        while "will now block" not in path.read_text(errors="replace"):
+            assert process.poll() is None, path.read_text(errors="replace")
+            assert time.monotonic() < deadline, path.read_text(errors="replace")
+            time.sleep(0.2)
         return self.nodes[-1]
 
     def deploy(self, tree: dict[str, Any]) -> None:
