@@ -63,7 +63,7 @@ def main(url: str, model: str, base: str = "", out: str = "") -> dict[str, Any]:
         weights.build_hf_model(
             base_model=base, adapter_path=adapter, output_path=f"{out}/merged", dtype="float32"
         )
-    service.close().result()
+    service.close("success").result()
     return seen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,9 @@ async def owner_with_adapter(here: World) -> tuple[Tenant, str]:
 
 
 async def test_a_published_adapter_is_in_a_private_repository_of_its_owner(
-    tmp_path: Path, site: Site
+    tmp_path: Path, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG)
     async with world(tmp_path, auth=auth(site)) as here:
         owner, base = await owner_with_adapter(here)
         homes = {path: path.stat().st_mtime_ns for path in Path.home().glob(".modelscope*/**/*")}
@@ -61,6 +63,7 @@ async def test_a_published_adapter_is_in_a_private_repository_of_its_owner(
         assert stored
         assert not any(TOKEN.encode() in content for content in stored)
         assert TOKEN not in Path(f"/proc/{os.getpid()}/environ").read_text(errors="replace")
+        assert TOKEN not in caplog.text
 
 
 async def test_only_the_owner_publishes_and_nothing_is_pushed_for_others(tmp_path: Path, site: Site) -> None:
@@ -71,7 +74,10 @@ async def test_only_the_owner_publishes_and_nothing_is_pushed_for_others(tmp_pat
         assert site.repositories == {}
 
 
-async def test_a_refused_push_publishes_nothing(tmp_path: Path, site: Site) -> None:
+async def test_a_refused_push_publishes_nothing(
+    tmp_path: Path, site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     async with world(tmp_path, auth=auth(site)) as here:
         owner, base = await owner_with_adapter(here)
         site.users[TOKEN] = "mallory"  # the namespace is another one by the time of the push
@@ -80,6 +86,7 @@ async def test_a_refused_push_publishes_nothing(tmp_path: Path, site: Site) -> N
         answer = await owner.request("POST", f"{base}/publish")
         assert answer.status_code == 503
         assert TOKEN not in answer.text
+        assert TOKEN not in caplog.text
         info = await owner.request("GET", f"{API}/checkpoints")
         assert not any(item["public"] for item in info.json()["checkpoints"])
 
