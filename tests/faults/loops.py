@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = Path(__file__).parent / "sdk_loop.py"
-STEPS = {"sft": 20, "rl": 10}
+STEPS = {"sft": 20, "rl": 14}
 
 
 class Loop:

@@ -1,6 +1,6 @@
 """SIGKILL at any time: the clients finish, and their losses, samples and weights are those of a quiet run.
 
-Each case is a few strikes at one server while programs of sdk_loop.py run on it, seed by seed at other
+Each case is a few strikes at one server while both programs of sdk_loop.py run on it, seed by seed at other
 places. One seed in ``make test``; ``make test-faults`` runs TWINKLE_FAULT_SEEDS=50, which strikes each victim
 at each place many times.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import DEPLOYMENTS, Server, running
-from tests.faults.loops import loops
+from tests.faults.loops import STEPS, loops
 from tests.faults.proxy import bad_network
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,41 +51,36 @@ def test_every_victim_is_struck_at_every_place_of_every_deployment():
         assert struck == {(each, place) for each in DEPLOYMENTS for place in everywhere}
 
 
-def programs(name: str, seed: int) -> tuple[str, ...]:
-    """Over several ranks samples are the same to the bit only without company."""
-    return ("sft", "rl") if name == "local" else (("rl", "sft")[seed % 2],)
-
-
 @pytest.fixture(scope="module")
 def quiet(
     tmp_path_factory: pytest.TempPathFactory, new_server: Callable[[str, Path], Server]
-) -> Callable[[str, int], dict[str, Any]]:
+) -> Callable[[str], dict[str, Any]]:
     """What the programs see on a deployment when nothing happens."""
 
     @functools.cache
-    def run(name: str, programs: tuple[str, ...]) -> dict[str, Any]:
+    def run(name: str) -> dict[str, Any]:
         root = tmp_path_factory.mktemp("quiet")
-        with running(new_server(name, root)) as server, loops(server.url, root, programs) as clients:
+        with running(new_server(name, root)) as server, loops(server.url, root, STEPS) as clients:
             return clients.seen(server.store)
 
-    return lambda name, seed: run(name, programs(name, seed))
+    return run
 
 
 @pytest.mark.parametrize(("victim", "seed"), KILLS)
 def test_a_kill_changes_nothing(
     tmp_path: Path,
     new_server: Callable[[str, Path], Server],
-    quiet: Callable[[str, int], dict[str, Any]],
+    quiet: Callable[[str], dict[str, Any]],
     victim: str,
     seed: int,
 ) -> None:
     name = deployment(victim, seed)
-    undisturbed = quiet(name, seed)
+    undisturbed = quiet(name)
     rng = random.Random(f"{victim} {seed}")
     struck = places(victim, seed)
     with (
         running(new_server(name, tmp_path)) as server,
-        loops(server.url, tmp_path, programs(name, seed)) as clients,
+        loops(server.url, tmp_path, STEPS) as clients,
     ):
         steps = sorted(rng.sample(range(1, clients.num_steps - 4), len(struck)))
         for step, place in zip(steps, rng.sample(struck, len(struck)), strict=True):
@@ -98,11 +93,11 @@ def test_a_kill_changes_nothing(
 def test_a_bad_network_changes_nothing(
     tmp_path: Path,
     new_server: Callable[[str, Path], Server],
-    quiet: Callable[[str, int], dict[str, Any]],
+    quiet: Callable[[str], dict[str, Any]],
     seed: int,
 ) -> None:
-    undisturbed = quiet("local", seed)
+    undisturbed = quiet("local")
     with running(new_server("local", tmp_path)) as server, bad_network(server.url, seed) as proxy:
-        with loops(f"http://127.0.0.1:{proxy.port}", tmp_path, programs("local", seed)) as clients:
+        with loops(f"http://127.0.0.1:{proxy.port}", tmp_path, STEPS) as clients:
             assert clients.seen(server.store) == undisturbed
         assert min(proxy.counts[fate] for fate in ("lost", "twice", "late")) >= 2
