@@ -48,7 +48,6 @@ class Fenced(Exception):
 
 
 Work = Callable[[sa.Connection], Any]
-Row = dict[str, Any]
 _INSERT = ENTRIES.insert()
 
 
@@ -69,7 +68,7 @@ class Journal:
         self.num_bytes = 0
         self.stalled: str | None = None
         self._mine = EPOCHS.update().where(EPOCHS.c.epoch == self.epoch).values(epoch=self.epoch)
-        self._queue: queue.SimpleQueue[tuple[Work | Row, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Work | JournalEntry, Any] | None] = queue.SimpleQueue()
         self._closing = False
         self._writer = threading.Thread(target=self._write, name="journal", daemon=True)
         self._writer.start()
@@ -85,7 +84,7 @@ class Journal:
 
     def append(self, entry: JournalEntry) -> asyncio.Future[None]:
         self.num_bytes += len(entry.payload)
-        return self._do(row_of(entry))
+        return self._do(entry)
 
     def cover(
         self,
@@ -158,8 +157,8 @@ class Journal:
 
     # the writer -----------------------------------------------------------------------------------
 
-    def _do(self, job: Work | Row) -> asyncio.Future[Any]:
-        """``job``: a row to append, or what to do with a connection."""
+    def _do(self, job: Work | JournalEntry) -> asyncio.Future[Any]:
+        """``job``: an entry to append, or what to do with a connection."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.put((job, future))
         return future
@@ -175,7 +174,7 @@ class Journal:
             if jobs:
                 self._commit(jobs)
 
-    def _commit(self, jobs: Sequence[tuple[Work | Row, Any]]) -> None:
+    def _commit(self, jobs: Sequence[tuple[Work | JournalEntry, Any]]) -> None:
         """One transaction, tried until it succeeds: what was accepted must not be dropped because the
         disk is full, and nobody is told meanwhile that it is safe."""
         while True:
@@ -210,12 +209,13 @@ class Journal:
         connection.execute(ENTRIES.delete().where(where))
 
 
-def _run(connection: sa.Connection, jobs: Iterable[Work | Row]) -> list[Any]:
-    """The answer of each, in order; rows that follow one another are one statement."""
+def _run(connection: sa.Connection, jobs: Iterable[Work | JournalEntry]) -> list[Any]:
+    """The answer of each, in order; rows that follow one another are one statement. Digests are made here and
+    not where entries come from: a large payload would hold up the event loop."""
     answers: list[Any] = []
     for _, group in itertools.groupby(jobs, key=callable):
         some = list(group)
-        rows = [job for job in some if not callable(job)]
+        rows = [row_of(job) for job in some if not callable(job)]
         if rows:
             connection.execute(_INSERT, rows)
         answers += [job(connection) if callable(job) else None for job in some]
@@ -223,7 +223,9 @@ def _run(connection: sa.Connection, jobs: Iterable[Work | Row]) -> list[Any]:
 
 
 def _resolve(
-    jobs: Iterable[tuple[Work | Row, Any]], answers: Sequence[Any] = (), error: Exception | None = None
+    jobs: Iterable[tuple[Work | JournalEntry, Any]],
+    answers: Sequence[Any] = (),
+    error: Exception | None = None,
 ) -> None:
     futures = [future for _, future in jobs]
 
