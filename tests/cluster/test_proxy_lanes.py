@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
@@ -11,15 +12,36 @@ from twinkle_serve.cluster import proxy_hook, proxy_lanes
 from twinkle_serve.cluster.proxy_lanes import WIDTH, Lanes
 
 
+async def empty() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def body_of(*pieces: bytes) -> asyncio.Queue[dict[str, Any]]:
+    """A body that has come in so far; its end is the empty piece."""
+    queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    for piece in pieces:
+        queue.put_nowait({"type": "http.request", "body": piece, "more_body": bool(piece)})
+    return queue
+
+
+async def parts(receive: Any) -> AsyncIterator[bytes]:
+    while True:
+        message = await receive()
+        yield message["body"]
+        if not message["more_body"]:
+            return
+
+
 class Inside:
     """An application whose requests stay until they are let out. entered: their paths, in order."""
 
     def __init__(self) -> None:
         self.entered: list[str] = []
+        self.bodies: list[bytes] = []
         self.out = asyncio.Event()
 
-    async def __call__(self, scope: object, receive: object, send: object) -> None:
-        assert isinstance(scope, dict)
+    async def __call__(self, scope: Any, receive: Any, send: object) -> None:
+        self.bodies.append(b"".join([part async for part in parts(receive)]))
         self.entered.append(scope["path"])
         await self.out.wait()
         if scope["path"].endswith("broken/asample"):
@@ -35,8 +57,8 @@ def inside() -> Inside:
 def ask(inside: Inside) -> Callable[[str], asyncio.Task[None]]:
     door = Lanes(inside)
 
-    def start(path: str) -> asyncio.Task[None]:
-        return asyncio.ensure_future(door({"type": "http", "path": path}, None, None))
+    def start(path: str, receive: Any = empty) -> asyncio.Task[None]:
+        return asyncio.ensure_future(door({"type": "http", "path": path}, receive, None))
 
     return start
 
@@ -98,6 +120,46 @@ async def test_a_place_is_given_back_once_however_a_request_ends(
     await asyncio.gather(*again)
 
 
+async def test_who_sends_slowly_keeps_no_place(
+    inside: Inside, ask: Callable[..., asyncio.Task[None]]
+) -> None:
+    inside.out.set()
+    slow = [body_of(b"slow ") for _ in range(2 * WIDTH)]
+    waiting = [ask("/api/v1/asample", queue.get) for queue in slow]
+    await settle()
+    await ask("/api/v1/asample")
+    assert inside.bodies == [b""]
+    for queue in slow:
+        queue.put_nowait({"type": "http.request", "body": b"end", "more_body": False})
+    await asyncio.gather(*waiting)
+    assert inside.bodies[1:] == [b"slow end"] * len(slow)
+
+
+async def test_a_large_body_is_not_held_at_the_door(
+    inside: Inside, ask: Callable[..., asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_lanes, "_MOST_READ", 4)
+    inside.out.set()
+    body = body_of(b"ab", b"cd", b"ef", b"")
+    await ask("/api/v1/asample", body.get)
+    assert inside.bodies == [b"abcdef"]
+    gone = body_of()
+    gone.put_nowait({"type": "http.disconnect"})
+    with pytest.raises(KeyError, match="body"):
+        await ask("/api/v1/asample", gone.get)
+
+
+async def test_nobody_keeps_a_place_for_ever(
+    inside: Inside, ask: Callable[..., asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_lanes, "_LONGEST_S", 0.0)
+    stuck = [ask("/api/v1/asample") for _ in range(3 * WIDTH)]
+    while len(inside.entered) < len(stuck):
+        await asyncio.sleep(0)
+    inside.out.set()
+    await asyncio.gather(*stuck)
+
+
 async def test_a_poll_is_taken_for_held_later_where_submissions_take_longer(
     inside: Inside, ask: Callable[[str], asyncio.Task[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +177,7 @@ async def test_a_poll_is_taken_for_held_later_where_submissions_take_longer(
     inside.out.set()
     await slow
     await ask("/api/v1/retrieve_future")
-    assert delays[1] > 3 * delays[0]
+    assert delays[-1] > 3 * delays[0]
 
 
 def test_serve_s_proxy_has_them_and_the_other_hook_sees_what_they_let_through() -> None:

@@ -8,6 +8,7 @@ what they mean, and keeps nothing but a count.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,13 +16,18 @@ from typing import Any
 from starlette.middleware import Middleware
 
 Message = MutableMapping[str, Any]
-Application = Callable[[Message, Any, Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Application = Callable[[Message, Receive, Any], Awaitable[None]]
 
 WIDTH = 4
 """Requests of the crowd that are worked on at once. That keeps the proxy busy, which is the slowest on their
 way; more of them would only wait further on, where a heartbeat waits behind them."""
 _HELD_AFTER = 2.0
 """A poll without an answer after so many times what a submission takes is being held, which is no work."""
+_LONGEST_S = 1.0
+"""Nobody keeps a place for longer, whatever becomes of the request."""
+_MOST_READ = 2**20
+"""Bytes of a body that are read before a place is taken: a client that sends slowly keeps none."""
 _FIRST_GUESS_S = 0.02
 _NEWEST = 0.1
 """The weight of the newest submission in what one usually takes."""
@@ -41,11 +47,12 @@ class Lanes:
         self._room = asyncio.Semaphore(WIDTH)
         self._usual_s = _FIRST_GUESS_S
 
-    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Any) -> None:
         route = scope["path"].rpartition("/")[2] if scope["type"] == "http" else ""
         if route not in _CROWDS:
             await self._app(scope, receive, send)
             return
+        receive = await _read_first(receive)
         async with self._place(may_be_held=route in _POLLS):
             await self._app(scope, receive, send)
 
@@ -63,11 +70,28 @@ class Lanes:
                 left = True
                 self._room.release()
 
-        if may_be_held:
-            loop.call_later(_HELD_AFTER * self._usual_s, leave)
+        patience_s = min(_LONGEST_S, _HELD_AFTER * self._usual_s) if may_be_held else _LONGEST_S
+        loop.call_later(patience_s, leave)
         try:
             yield
             if not may_be_held:
-                self._usual_s += _NEWEST * (loop.time() - began - self._usual_s)
+                spent_s = min(_LONGEST_S, loop.time() - began)
+                self._usual_s += _NEWEST * (spent_s - self._usual_s)
         finally:
             leave()
+
+
+async def _read_first(receive: Receive) -> Receive:
+    """Wait for the body, or for as much as is read ahead; what gives it again and then goes on."""
+    messages: deque[Message] = deque()
+    size, is_whole = 0, False
+    while not is_whole and size < _MOST_READ:
+        message = await receive()
+        messages.append(message)
+        size += len(message.get("body", b""))
+        is_whole = message["type"] != "http.request" or not message.get("more_body", False)
+
+    async def again() -> Message:
+        return messages.popleft() if messages else await receive()
+
+    return again
