@@ -71,6 +71,14 @@ def test_the_version_changes_with_every_point_and_only_then() -> None:
     assert history.view()["reported"]["reward"] == [0.5]
 
 
+def test_what_is_reported_without_a_step_belongs_to_the_last_one() -> None:
+    history = RunHistory()
+    history.report(None, 0.0, {"reward": 0.1})
+    history = trained(1.0, 1.0, 1.0)
+    history.report(None, 0.0, {"reward": 0.5})
+    assert history.view()["reported"] == {"step": [3.0], "time": [0.0], "reward": [0.5]}
+
+
 @pytest.mark.parametrize(
     ("sums", "expected"),
     [

@@ -240,7 +240,7 @@ class ScriptedBackend:
         return self.insight
 
     async def report_metrics(
-        self, tenant: str, run_id: str, step: float, values: Mapping[str, float]
+        self, tenant: str, run_id: str, step: float | None, values: Mapping[str, float]
     ) -> None:
         self._note("report_metrics", tenant, run_id, step, values)
         self._owned(tenant, run_id)

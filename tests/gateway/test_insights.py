@@ -25,10 +25,17 @@ async def test_reported_metrics_reach_the_backend(
     assert (run_id, step, values) == (RUN, 3.0, {"reward": 0.5, "length": 12.0})
 
 
+async def test_without_a_step_the_runs_own_counts(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    assert (await report(client, metrics={"reward": 0.5})).status_code == 204
+    assert backend.asked("report_metrics")[0][2] is None
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"metrics": {"reward": 1}}, "step"),
+        ({"step": "soon", "metrics": {"reward": 1}}, "step"),
         ({"step": -1, "metrics": {"reward": 1}}, "step"),
         ({"step": 1}, "metrics"),
         ({"step": 1, "metrics": {}}, "1 to 32"),

@@ -206,9 +206,10 @@ class Backend(Protocol):
         ...
 
     async def report_metrics(
-        self, tenant: str, run_id: str, step: float, values: Mapping[str, float]
+        self, tenant: str, run_id: str, step: float | None, values: Mapping[str, float]
     ) -> None:
-        """Numbers that a run's own program wants among its curves: its reward, for instance."""
+        """Numbers that a run's own program wants among its curves: its reward, for instance. step: None is
+        the run's last optimizer step."""
         ...
 
     async def session_trace(self, tenant: str, session_id: str) -> Mapping[str, Any]:

@@ -138,8 +138,9 @@ class RunHistory:
         }
         self.steps.append(point)
 
-    def report(self, step: float, time: float, values: Mapping[str, float]) -> None:
+    def report(self, step: float | None, time: float, values: Mapping[str, float]) -> None:
         """``values``: what the run's own program wants to see drawn, for instance its reward."""
+        step = (self.steps.last("step") or 0.0) if step is None else step
         self.reported.append({"step": step, "time": time, **values})
 
     def view(self, curves: bool = True) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class OnRecord:
         return chrome_trace(self._books.watch.spans.of_session(session_id))
 
     async def report_metrics(
-        self, tenant: str, run_id: str, step: float, values: Mapping[str, float]
+        self, tenant: str, run_id: str, step: float | None, values: Mapping[str, float]
     ) -> None:
         run = self._books.runs.get(tenant, run_id)
         self._books.watch.histories.of(run.run_id).report(step, self._books.clock.now(), values)

@@ -27,9 +27,9 @@ Expires = Annotated[int, Query(ge=0, lt=2**40)]
 
 
 class ReportedMetrics(Lenient):
-    """step: where on the x axis. metrics: by name, finite numbers."""
+    """step: where on the x axis; left out, the run's last optimizer step. metrics: finite numbers by name."""
 
-    step: float = Field(ge=0, le=1e15, allow_inf_nan=False)
+    step: float | None = Field(None, ge=0, le=1e15, allow_inf_nan=False)
     metrics: dict[str, Any]
 
     def values(self) -> dict[str, float]:
