@@ -80,6 +80,13 @@ def create(place: RankPlace, config: ModelConfig, slot: int, spec: LoraSpec) -> 
     engine_of(place, config).pool.create(slot, spec)
 
 
+def spoil(place: RankPlace, config: ModelConfig, slot: int) -> None:
+    """Weights that are not finite, and only on the last rank: those of one of its own experts."""
+    engine = engine_of(place, config)
+    if place.rank == place.world_size - 1:
+        engine.base.shares.own(engine.pool.blocks(slot)[0])[0, 0] = torch.nan
+
+
 def fail_once(
     place: RankPlace, config: ModelConfig, rank: int, rows: int, error: Exception, direction: str
 ) -> None:

@@ -126,6 +126,19 @@ def test_what_cannot_be_sampled_is_refused(both: BothFactory) -> None:
     pair.run(samples=samples, decode_budget_s=60.0)
 
 
+def test_weights_that_diverged_on_one_rank_are_refused_by_all(both: BothFactory) -> None:
+    pair = both("expert_parallel")
+    pair.create(SPECS[:2])
+    pair.crew.run(remote.spoil, pair.config, 0)
+    pair.one.pool.blocks(0)[0][0, 0] = float("nan")
+    pair.run(snapshots=(Snapshot("s0", 0, "diverged"), Snapshot("s1", 1, "fine")))
+    refs = [AdapterRef("diverged"), AdapterRef("fine")]
+    for _ in range(2):
+        samples = tuple(make_sample(f"x{i}", [1, 2, i], refs[i % 2], max_tokens=4, seed=i) for i in range(4))
+        found = pair.run(samples=samples, decode_budget_s=60.0)
+        assert [found[f"x{i}"].failure is None for i in range(4)] == [False, True, False, True]
+
+
 @ways
 def test_from_a_checkpoint_on_disk(both: BothFactory, sharding: str, tmp_path: Path) -> None:
     pair = both(sharding)
