@@ -10,7 +10,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo docs lint test test-2rank test-faults bench bench-quick peers bench-engine bench-sampling bench-flood bench-durability cookbook modelscope clean
+.PHONY: help venv demo docs lint test test-2rank test-faults bench bench-quick peers bench-engine bench-sampling bench-sharding test-sharding bench-flood bench-durability cookbook modelscope clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
