@@ -149,10 +149,9 @@ def hub(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             yield service
 
 
-def test_the_users_command_line(hub: Service, tmp_path: Path) -> None:
+def test_the_users_command_line_lists(hub: Service) -> None:
     state, sampler = hub.seen["state"], hub.seen["sampler"]
     run = state.split("/")[2]
-    session = run.split(":")[0]
     with ThreadPoolExecutor(2) as pool:
         asked = {
             name: pool.submit(hub.json, *name.split())
@@ -173,6 +172,9 @@ def test_the_users_command_line(hub: Service, tmp_path: Path) -> None:
     assert state in _strings(seen[f"checkpoint info {state}"])
     assert "base" in _strings(seen["model list"])
 
+
+def test_the_users_command_line_sets_lifetimes(hub: Service) -> None:
+    state = hub.seen["state"]
     hub.tinker("checkpoint", "set-ttl", state, "--ttl", "7200")
     expires = hub.json("checkpoint", "info", state)["expires_at"]
     left = datetime.fromisoformat(expires.replace("Z", "+00:00")) - datetime.now(UTC)
@@ -180,6 +182,10 @@ def test_the_users_command_line(hub: Service, tmp_path: Path) -> None:
     hub.tinker("checkpoint", "set-ttl", state, "--remove")
     assert not hub.json("checkpoint", "info", state).get("expires_at")
 
+
+def test_the_users_command_line_downloads(hub: Service, tmp_path: Path) -> None:
+    state = hub.seen["state"]
+    session = state.split("/")[2].split(":")[0]
     hub.tinker("checkpoint", "download", state, "--output", str(tmp_path))
     (adapter,) = tmp_path.iterdir()
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in adapter.iterdir()}
@@ -189,7 +195,12 @@ def test_the_users_command_line(hub: Service, tmp_path: Path) -> None:
     window = [hour.isoformat(), (hour + timedelta(hours=2)).isoformat()]
     assert "training" in _strings(hub.json("billing", "usage", *window))
 
-    assert "does not exist" in hub.tinker("run", "info", run, key=f"tml-{STRANGER}", fails=True)
+
+def test_the_users_command_line_deletes_what_is_its_own(hub: Service) -> None:
+    sampler = hub.seen["sampler"]
+    run = sampler.split("/")[2]
+    hub.tinker("run", "info", run, key=f"tml-{STRANGER}", fails=True)
+    hub.tinker("checkpoint", "delete", sampler, "--yes", key=f"tml-{STRANGER}", fails=True)
     hub.tinker("checkpoint", "delete", sampler, "--yes")
     assert sampler not in _strings(hub.json("checkpoint", "list"))
 
