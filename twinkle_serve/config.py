@@ -119,7 +119,12 @@ class SamplerConfig(Strict):
     the groups that train as far as their weights are on disk."""
 
     max_batch: int = Field(64, ge=1, le=4096, description="sequences decoded together")
-    adapter_slots: int = Field(8, ge=1, description="sampler snapshots resident at once")
+    adapter_slots: int = Field(
+        8,
+        ge=1,
+        description="adapters of rank max_rank that can be decoded with at once, more of smaller ranks; "
+        "samples with others wait until some are idle",
+    )
     kv_cache_tokens: int = Field(65_536, ge=256, description="tokens of KV cache, all sequences together")
     prefill_chunk_tokens: int = Field(
         2_048, ge=16, description="prompt tokens prefilled between decode steps"
