@@ -207,18 +207,23 @@ def test_checkpoints_are_published_kept_fetched_and_deleted(browser: Any, url: s
     browser.get(url + "/console/checkpoints")
     picture(browser, "checkpoints")
 
+    def rows() -> list[Any]:
+        return [row for row in all_of(browser, "tbody tr") if "/weights/doomed" in row.text]
+
     def row() -> Any:
-        rows = (r for r in all_of(browser, "tbody tr") if "/weights/doomed" in r.text)
-        return next(rows, None)
+        return until(browser, lambda _: next(iter(rows()), None))  # a page may be on its way
 
     def press(words: str) -> None:
         buttons = row().find_elements("css selector", "button, summary, a.button")
         next(b for b in buttons if b.text == words).click()
 
+    def is_public() -> bool:
+        return bool(row().find_elements("css selector", ".badge.public"))
+
     press("Publish")
-    until(browser, lambda _: row().find_elements("css selector", ".badge.public"))
+    until(browser, lambda _: is_public())
     press("Make private")
-    until(browser, lambda _: not row().find_elements("css selector", ".badge.public"))
+    until(browser, lambda _: not is_public())
     press("Keep for")
     row().find_element("css selector", "option[value=week]").click()
     press("Keep")
@@ -229,7 +234,7 @@ def test_checkpoints_are_published_kept_fetched_and_deleted(browser: Any, url: s
     assert b"adapter_model.safetensors" in tar.content
     press("Delete")
     press("Yes, delete for ever")
-    until(browser, lambda _: row() is None)
+    until(browser, lambda d: all_of(d, "[role=status]") and not rows())
     assert "/weights/first" in find(browser, "main").text
     assert complaints(browser) == []
 
