@@ -49,8 +49,9 @@ def running_server(
 ) -> Iterator[RunningServer]:
     """Run ``twinkle-serve up config --set ...`` until the block ends.
 
-    ``overrides`` are ``dotted.key=value`` strings; a free port is chosen unless they name one. ``program``: runs
-    in place of ``twinkle-serve``. ``environment``: more variables for it. Raises RuntimeError with the end of the log when the server is not ready in ``ready_s`` seconds or does not stop.
+    ``overrides`` are ``dotted.key=value`` strings; a free port is chosen unless they name one. ``program``:
+    runs in place of ``twinkle-serve``. ``environment``: more variables for it. Raises RuntimeError with the
+    end of the log when the server is not ready in ``ready_s`` seconds or does not stop.
     """
     settings = list(overrides)
     if not any(setting.startswith("http.port=") for setting in settings):
