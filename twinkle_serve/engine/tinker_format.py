@@ -19,7 +19,7 @@ _EXPERT_NAMES = {"expert_gate": "w1", "expert_up": "w3", "expert_down": "w2"}
 
 def export_tinker(layout: AdapterLayout, block: torch.Tensor, spec: LoraSpec) -> dict[str, torch.Tensor]:
     """What ``adapter_model.safetensors`` holds for a block ``[rank, row_size]``: of a linear layer
-    A ``[r, in]`` and B ``[out, r]``, of experts A ``[experts or 1, r, in]`` and B ``[experts or 1, out, r]``."""
+    A ``[r, in]`` and B ``[out, r]``, of experts A ``[experts or 1, r, in]`` and B alike."""
     tensors: dict[str, torch.Tensor] = {}
     groups = trained_groups(spec)
     for target in layout.targets:
