@@ -107,9 +107,14 @@ def _recipe(
     return Recipe(name, module, (*first.split(), *options.split()), check, log, **more)
 
 
-def _loop(name: str, check: Callable[[Metrics], None], options: str) -> Recipe:
+def _loop(name: str, module: str, check: Callable[[Metrics], None], options: str) -> Recipe:
     """The two recipes without abstractions, which never look at what is in their folder."""
-    return Recipe(name, name, (f"log_path=logs/{name}", f"model_name={MODEL}", *options.split()), check)
+    return Recipe(
+        name,
+        module,
+        (f"log_path=logs/{name.replace(' ', '_')}", f"model_name={MODEL}", *options.split()),
+        check,
+    )
 
 
 def _math(name: str, check: Callable[[Metrics], None], options: str = "") -> Recipe:
@@ -127,12 +132,17 @@ _TINY = "lora_rank=8 max_tokens=8 max_steps=2 eval_every=0"
 _RENDERER = "renderer_name=qwen3_instruct"
 
 RECIPES = (
-    _loop("sl_loop", learns, "max_steps=4 batch_size=8 lora_rank=8 learning_rate=1e-2 save_every=2"),
     _loop(
-        "rl_loop",
-        runs,
-        "group_size=4 max_tokens=8 max_steps=2 lora_rank=8 loss_fn=importance_sampling batch_size=2 "
-        "save_every=1",
+        "sl_loop", "sl_loop", learns, "max_steps=4 batch_size=8 lora_rank=8 learning_rate=1e-2 save_every=2"
+    ),
+    *(
+        _loop(
+            f"rl_loop {loss}",
+            "rl_loop",
+            runs,
+            f"loss_fn={loss} group_size=4 max_tokens=8 max_steps=2 lora_rank=8 batch_size=2 save_every=1",
+        )
+        for loss in ("importance_sampling", "cispo", "gspo")
     ),
     _recipe("chat_sl", "chat_sl.train", learns, f"{_CHAT} max_steps=3"),
     _recipe(
@@ -238,7 +248,7 @@ def run(recipe: Recipe, python: Path, server: RunningServer, workspace: Path) ->
         "OMP_NUM_THREADS": "1",
     }
     module = f"tinker_cookbook.recipes.{recipe.module}"
-    folder = workspace / "logs" / (recipe.log or recipe.name)
+    folder = workspace / "logs" / (recipe.log or recipe.name.replace(" ", "_"))
     recipe.prepare(folder)
     output = workspace / f"{recipe.name.replace(' ', '_')}.out"
     with output.open("w") as file:

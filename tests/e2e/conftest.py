@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from twinkle_serve.config import load_config
+from twinkle_serve.hub.losses import fetch_loss
 from twinkle_serve.testing.server import RunningServer, running_server
 
+FOCAL = Path(__file__).parent.parent.parent / "examples" / "losses" / "focal_cross_entropy"
 PROGRAM = Path(__file__).parent / "sdk_program.py"
 
 
@@ -30,6 +32,12 @@ def ranks_of(deployment: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     shared = {"ranks": model.ranks, "sharding": model.sharding}
     # A dense model has no experts to split.
     return shared, shared | ({"sharding": "zero3"} if model.sharding == "expert_parallel" else {})
+
+
+def whitelisted(path: Path) -> dict[str, Any]:
+    """What `twinkle-serve losses CONFIG add` writes for a loss."""
+    source = fetch_loss(str(path), None)
+    return source.terms.model_dump() | {"path": str(path), "sha256": source.sha256}
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +56,7 @@ def server(
         "storage": {"root": str(directory / "store")},
         "http": {"replicas": 2},
         "monitoring": {"log_file": str(directory / "server.jsonl"), "log_level": "DEBUG"},
+        "losses": {"whitelist": [whitelisted(FOCAL)]},
     }
     config.write_text(json.dumps(tree))
     with running_server(config, log=directory / "server.log") as server:
