@@ -26,8 +26,9 @@ _WHAT = "Twinkle 0.5.1"
 
 
 _RECORDED = (
-    "not run here; recorded on this model, 512 tokens a step, two idle cores: p50 of a step 0.46 s, 1,128
-    tokens/s " "with one client and 1,851 with eight, server CPU a step 436, 440, 440 ms at 1, 4, 8 tenants"
+    "not run here; recorded on this model, 512 tokens a step, two idle cores: p50 of a step 0.46 s, "
+    "1,128 tokens/s with one client and 1,851 with eight, "
+    "server CPU a step 436, 440, 440 ms at 1, 4, 8 tenants"
 )
 
 
