@@ -4,7 +4,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from twinkle_serve.cluster import proxy_hook
@@ -18,17 +18,31 @@ async def our_404(_: Request) -> Response:
     return JSONResponse({"detail": "no such run"}, 404)
 
 
+async def page_404(_: Request) -> Response:
+    return HTMLResponse("no such page", 404)
+
+
 async def fine(_: Request) -> Response:
     return PlainTextResponse("fine")
 
 
 @pytest.mark.parametrize(
     ("path", "status", "text"),
-    [("/serve", 503, "try again"), ("/ours", 404, "no such run"), ("/fine", 200, "fine")],
+    [
+        ("/serve", 503, "try again"),
+        ("/ours", 404, "no such run"),
+        ("/page", 404, "no such page"),
+        ("/fine", 200, "fine"),
+    ],
 )
 async def test_only_serves_own_not_found_becomes_try_again(monkeypatch, path, status, text):
     monkeypatch.setattr(proxy_hook, "_WAIT_S", 0.0)
-    routes = [Route("/serve", serves_404), Route("/ours", our_404), Route("/fine", fine)]
+    routes = [
+        Route("/serve", serves_404),
+        Route("/ours", our_404),
+        Route("/page", page_404),
+        Route("/fine", fine),
+    ]
     app = Starlette(routes=routes, middleware=proxy_hook.middlewares())
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:

@@ -1,6 +1,6 @@
 """What Serve's HTTP proxy answers while no application is there: "try again" instead of "not found".
 
-Knows that such a 404 is plain text and that ours are JSON. Does not know any route. The proxy listens before
+Knows that such a 404 is plain text and that ours are JSON or a page. Does not know any route. The proxy listens before
 the application is deployed and after it is removed, and to the SDK a 404 for a result is final.
 """
 
@@ -18,6 +18,7 @@ from twinkle_serve.cluster.proxy_lanes import lanes
 IMPORT_PATH = "twinkle_serve.cluster.proxy_hook:middlewares"
 # A client that polls would otherwise come again at once.
 _WAIT_S = 0.5
+_OURS = (b"application/json", b"text/html")
 _BODY = json.dumps({"detail": "the service is starting or stopping; try again"}).encode()
 
 Message = MutableMapping[str, Any]
@@ -30,7 +31,7 @@ def middlewares() -> list[Middleware]:
 
 
 class TryAgain:
-    """ASGI middleware: a 404 that is not JSON becomes a 503."""
+    """ASGI middleware: a 404 that is neither JSON nor a page becomes a 503."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -60,4 +61,4 @@ class TryAgain:
 
 def _is_serves_own(message: Message) -> bool:
     headers = {bytes(name).lower(): bytes(value) for name, value in message.get("headers", [])}
-    return message["status"] == 404 and not headers.get(b"content-type", b"").startswith(b"application/json")
+    return message["status"] == 404 and not headers.get(b"content-type", b"").startswith(_OURS)
