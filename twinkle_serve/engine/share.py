@@ -65,36 +65,22 @@ class Share:
     """
 
     def __init__(
-        self, base: BaseModel, items: list[_Item], head: Sequence[Segment], wants_grad: bool
-    ) -> None:
-        self._base = base
-        self._items = items
-        self._head = head
-        self._wants_grad = wants_grad
-        self._hidden = self._logprobs = self._gradient = torch.empty(0)
-
-    @classmethod
-    def of(
-        cls,
+        self,
         base: BaseModel,
         pieces: Sequence[tuple[Piece, Pass, DatumBatch]],
         head: Sequence[Segment],
         wants_grad: bool,
-    ) -> Share:
+    ) -> None:
         """pieces: each with its request and all of that's datums. head: the segments of group "unembed"."""
-        batches = [_select(batch, piece.indices) for piece, _, batch in pieces]
-        firsts = np.cumsum([0] + [batch.num_tokens for batch in batches]).tolist()
-        rows = [LossRows.of(batch, first) for batch, first in zip(batches, firsts, strict=False)]
-        ends = np.cumsum([0] + [part.targets.size for part in rows]).tolist()
-        items = [
-            _Item(piece, request, batch, part, slice(*span))
-            for (piece, request, _), batch, part, span in zip(
-                pieces, batches, rows, pairwise(ends), strict=True
-            )
-        ]
-        return cls(base, items, head, wants_grad)
+        self._base = base
+        self._pieces = pieces
+        self._items: list[_Item] = []
+        self._head = head
+        self._wants_grad = wants_grad
+        self._hidden = self._logprobs = self._gradient = torch.empty(0)
 
     def forward(self) -> Report:
+        self._items = _lay_out(self._pieces)  # here, where an error on one rank is one of all
         packed = self._packed()
         with torch.set_grad_enabled(self._wants_grad):
             self._hidden = self._base.hidden_states(
@@ -148,6 +134,17 @@ class Share:
             self._gradient[item.span] = gradient
             report.note(item.piece, item.rows, leaf.detach(), loss.metrics)
         return report
+
+
+def _lay_out(pieces: Sequence[tuple[Piece, Pass, DatumBatch]]) -> list[_Item]:
+    batches = [_select(batch, piece.indices) for piece, _, batch in pieces]
+    firsts = np.cumsum([0] + [batch.num_tokens for batch in batches]).tolist()
+    rows = [LossRows.of(batch, first) for batch, first in zip(batches, firsts, strict=False)]
+    ends = np.cumsum([0] + [part.targets.size for part in rows]).tolist()
+    return [
+        _Item(piece, request, batch, part, slice(*span))
+        for (piece, request, _), batch, part, span in zip(pieces, batches, rows, pairwise(ends), strict=True)
+    ]
 
 
 def _select(batch: DatumBatch, indices: Sequence[int]) -> DatumBatch:

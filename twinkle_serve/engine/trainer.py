@@ -148,7 +148,7 @@ class Trainer:
             (p, by_index[p.pass_index].request, by_index[p.pass_index].batch)
             for p in by_rank[base.ranks.rank]
         ]
-        share = Share.of(base, own, segments["unembed"], backward)
+        share = Share(base, own, segments["unembed"], backward)
         for report in base.sharding.all_parts(share.forward):
             _take_note(report, by_index)
         for piece, state in zip(pieces, states, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from twinkle_serve.config import ModelConfig
+from twinkle_serve.engine import share
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.engine.slots import AdapterState
@@ -85,6 +86,19 @@ def spoil(place: RankPlace, config: ModelConfig, slot: int) -> None:
     engine = engine_of(place, config)
     if place.rank == place.world_size - 1:
         engine.base.shares.own(engine.pool.blocks(slot)[0])[0, 0] = torch.nan
+
+
+def fail_in_loss(place: RankPlace, rank: int) -> None:
+    """Let the next loss that ``rank`` computes raise what no loss should."""
+    if place.rank != rank:
+        return
+    original = share.compute_loss
+
+    def broken(*_: Any) -> Any:
+        share.compute_loss = original
+        raise RuntimeError("planted")
+
+    share.compute_loss = broken
 
 
 def fail_once(

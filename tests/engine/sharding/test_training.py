@@ -136,6 +136,19 @@ def test_a_bug_on_one_rank_is_the_failure_of_that_request(both: BothFactory) -> 
     pair.assert_same_slots([0])
 
 
+@ways
+def test_a_bug_in_a_loss_on_one_rank_is_the_failure_of_that_request(both: BothFactory, sharding: str) -> None:
+    pair = both(sharding)
+    pair.create(SPECS)
+    fields = passes([work(1, [[14, 12]])[0]])
+    pair.crew.run(remote.fail_in_loss, 1)
+    failure = remote_outcomes(pair, fields)["p0"].failure
+    assert failure is not None
+    assert failure.category == "server"
+    pair.run(**fields)
+    pair.assert_same_slots([0])
+
+
 def remote_outcomes(pair: Both, fields: dict) -> dict:  # type: ignore[type-arg]
     items, _ = pair.crew.run(remote.run_tick, pair.config, remote.Tick(1, **fields))
     return {item.request_id: item for item in items[:-1]}

@@ -44,6 +44,7 @@ class Zero3(Sharding):
             "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
         }
         self._offload: Any = None
+        self._is_forward = self._is_through = False
 
     def load(
         self,
@@ -91,16 +92,25 @@ class Zero3(Sharding):
         # Their inner modules are not called, or as often as data wants; ranks would gather differently.
         self._deepspeed.utils.set_z3_leaf_modules(layers, list(leaves))
         self._offload = DeepSpeedZeRoOffload(layers, timers=None, ds_config=self._config)
+        layers[-1].register_forward_hook(self._came_through)
+
+    def _came_through(self, *_: Any) -> None:
+        self._is_through = self._is_forward  # checkpointing computes layers again in the backward pass
 
     def enter(self, by_rank: Sequence[Stretches]) -> None:
         # The list of layers is never called itself, which is when DeepSpeed would do this.
         self._offload.get_param_coordinator().reset_step()
+        self._is_forward, self._is_through = True, False
+
+    def enter_backward(self) -> None:
+        self._is_forward = self._is_through = False
 
     def leave(self) -> None:
         self._offload.release_backward_leftovers()
 
     def complete(self) -> None:
-        raise RankLost("a rank failed in the middle of a pass, and zero3 cannot go on without it")
+        if not self._is_through:  # else nothing that fails, a loss for example, keeps anybody waiting
+            raise RankLost("a rank failed in the middle of a pass, and zero3 cannot go on without it")
 
 
 def is_leaf(module: nn.Module) -> bool:
