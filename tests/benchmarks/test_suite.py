@@ -73,6 +73,7 @@ def test_an_error_in_a_part_is_a_row_and_spoils_nothing(options, monkeypatch, ca
 def test_every_part_has_a_module_with_something_to_run():
     for part, module in suite.MODULES.items():
         source = (Path(suite.__file__).parent / f"{module.rpartition('.')[2]}.py").read_text()
+        compile(source, module, "exec")
         assert f"def run_{part}(" in source or "\ndef run(" in source
 
 
