@@ -1,7 +1,7 @@
 """What Serve's HTTP proxy answers while no application is there: "try again" instead of "not found".
 
 Knows that such a 404 is plain text and that ours are JSON or a page. Does not know any route. The proxy
-listens before the application is deployed and after it is removed, and to the SDK a 404 for a result is final.
+listens before the application is deployed and after it is removed; to the SDK a 404 for a result is final.
 """
 
 from __future__ import annotations
