@@ -174,8 +174,8 @@ def _is_free(port: int) -> bool:
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
     """Started, and ended whatever has become of it."""
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         try:
