@@ -210,7 +210,9 @@ class ModelConfig(Strict):
         "their memory; auto: on the CPU up to 2 GiB of weights",
     )
     deterministic: bool = Field(
-        False, description="bitwise the same numbers alone or among others; requests never share a microbatch"
+        False,
+        description="bitwise the same numbers alone or among others: requests never share a "
+        "microbatch, nor sequences a decode step; on several ranks it holds for training only",
     )
     stall_deadline_s: float = Field(
         60.0,

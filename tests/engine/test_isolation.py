@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from tests.engine.conftest import EngineFactory
 from tests.engine.programs import Machine, ProgramTicks, Trace, alone, random_program
+from tests.engine.sampling import drain, trained
+from tests.engine.ticks import make_sample
+from twinkle_serve.config import SamplerConfig
 from twinkle_serve.engine.engine import Engine
-from twinkle_serve.protocol.data import ForwardResult, SampleResult
+from twinkle_serve.protocol.data import ForwardResult, LoraSpec, SampleResult
 
 HOST_BYTES = 4 * 2**20
 """Less than the paged runs need, so most of them go to disk."""
@@ -100,3 +103,30 @@ def test_free_slots_are_pristine_after_a_program(
     pool = engine.pool
     assert not any(t.any() for t in (pool.weights, pool.grads, pool.exp_avg, pool.exp_avg_sq))
     assert (set(pool.steps), set(pool.has_grads)) == ({0}, {False})
+
+
+def test_samples_in_deterministic_mode_are_bitwise_those_drawn_alone(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    """Long prompts and short ones, cut into chunks, with adapters of different ranks and without."""
+    sampler = SamplerConfig(prefill_chunk_tokens=16)
+    engine = engine_for(tiny_moe, deterministic=True, sampler=sampler)
+    adapters = [trained(engine, slot, LoraSpec(rank, slot), f"a{slot}") for slot, rank in enumerate((3, 8))]
+    rng = np.random.default_rng(0)
+    asks = [
+        make_sample(
+            f"{number}",
+            rng.integers(0, 350, length).tolist(),
+            None if number % 3 == 2 else adapters[number % 3],
+            max_tokens=12,
+            seed=number,
+            num_samples=1 + number % 2,
+        )
+        for number, length in enumerate((40, 5, 23, 17, 2, 33, 9))
+    ]
+    together = drain(engine, asks)
+    for ask in asks:
+        only = drain(engine, [ask])[ask.request_id]
+        for mine, other in zip(together[ask.request_id].sequences, only.sequences, strict=True):
+            assert mine.tokens.tolist() == other.tokens.tolist()
+            assert np.asarray(mine.logprobs).tobytes() == np.asarray(other.logprobs).tobytes()

@@ -64,6 +64,9 @@ class Sampler:
         self._decoding: list[Sequence] = []
         self._ended: list[Sequence] = []
         self._pool_is_full = False
+        # How many rows share a product decides how it rounds, so in deterministic mode nothing is shared. The
+        # ranks of a group share products by their nature.
+        self._isolated = base.config.deterministic and base.config.ranks == 1
 
     @property
     def num_active(self) -> int:
@@ -219,6 +222,8 @@ class Sampler:
                 break
             chunks.append((sequence, count))
             budget -= count
+            if self._isolated:
+                break
         if not chunks and self._prefilling and not self._decoding:
             self._give_up(self._prefilling[0])
         return chunks
@@ -327,6 +332,12 @@ class Sampler:
 
     def _decode(self) -> None:
         batch = sorted(self._decoding, key=lambda sequence: sequence.job.place)
+        for part in [[sequence] for sequence in batch] if self._isolated else [batch]:
+            self._decode_together(part)
+        if self._ended:
+            self._decoding = [sequence for sequence in self._decoding if sequence.stop_reason is None]
+
+    def _decode_together(self, batch: list[Sequence]) -> None:
         stretches = [(sequence.job.pooled, 1) for sequence in batch]
         hidden = self._pass.hidden_states(
             [sequence.tokens[-1] for sequence in batch],
@@ -337,8 +348,6 @@ class Sampler:
         for sequence in batch:
             sequence.rows.length += 1
         self._draw(batch, self._pass.logits(hidden, stretches))
-        if self._ended:
-            self._decoding = [sequence for sequence in self._decoding if sequence.stop_reason is None]
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Append a drawn token to each sequence from its row of ``logits`` [B, V]."""
