@@ -123,14 +123,14 @@ def cpu_of(pids: Iterable[int]) -> dict[int, float]:
 def name_of(pid: int) -> str:
     """What a process is: Ray's title of an actor, or the first words of its command line."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return "gone"
-    if words.startswith("ray::"):
-        return words.strip()
-    if "default_worker.py" in words:
+    if line.startswith("ray::"):
+        return line.replace("\0", " ").strip()
+    if "default_worker.py" in line:
         return "ray worker"
-    return Path(words.split(" ")[0]).name
+    return Path(line.split("\0")[0]).name
 
 
 class TreeClock:

@@ -37,7 +37,11 @@ def test_each_gauge_of_driver_and_engine_is_documented(tmp_path: Path, tiny_llam
     (report,) = engine.run(Tick(1))
     engine.close()
     assert isinstance(report, TickReport)
-    assert run(reported()) | set(report.gauges) <= set(BY_NAME)
+    memory = {name for name in report.gauges if name.startswith("rank0/")}
+    assert memory == {f"rank0/{use}_bytes" for use in engine.memory()}
+    text = BY_NAME["rank_memory_bytes"].text
+    assert all(name.removeprefix("rank0/").removesuffix("_bytes") in text for name in memory)
+    assert run(reported()) | set(report.gauges) - memory <= set(BY_NAME)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -152,7 +152,7 @@ class EchoGroup:
             tick.tick_id,
             {"passes": self.pass_s if tick.passes else 0.0, "sample": self.decoded_s},
             len(self.active),
-            {"paged_host_bytes": self.bytes_per_page * len(self.paged)},
+            {"rank0/experts_bytes": 7.0, "paged_host_bytes": self.bytes_per_page * len(self.paged)},
         )
 
     async def rebuild(self) -> ModelInfo:

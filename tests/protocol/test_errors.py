@@ -12,6 +12,7 @@ def test_the_exported_names_are_pinned() -> None:
         "Absent",
         "BackendUnavailable",
         "BodyTooLarge",
+        "Busy",
         "Expired",
         "Lost",
         "MalformedBody",

@@ -6,6 +6,7 @@ Knows which part of the control plane to ask for what. Changes nothing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.metrics import BY_NAME, tenant_hash
 from twinkle_serve.control.runs import Run
 from twinkle_serve.control.views import timestamp
+
+_OF_RANK = re.compile(r"rank(\d+)/(\w+)_bytes")
+"""How an engine names what a rank keeps in memory (Engine.memory)."""
 
 Drivers = Mapping[str, GroupDriver]
 _MAX_TENANTS_SHOWN = 50
@@ -39,7 +43,10 @@ def measure(books: Books, drivers: Drivers, keeper: Keeper | None) -> None:
     meter, now = books.watch.meter, books.clock.now()
     for model, driver in drivers.items():
         for name, value in driver.gauges().items():
-            if name in BY_NAME:
+            use = _OF_RANK.fullmatch(name)
+            if use is not None:
+                meter.set("rank_memory_bytes", value, model=model, rank=use[1], kind=use[2])
+            elif name in BY_NAME:
                 meter.set(name, value, model=model)
         mfu = books.watch.mfu(model)
         if mfu is not None:

@@ -104,7 +104,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge(
         "rank_memory_bytes",
         ("model", "rank", "kind"),
-        "memory of one rank's process: host (resident), device (allocated), device_peak (highest so far)",
+        "memory of one rank's process: host (resident), device (allocated), device_peak (highest so far); "
+        "and what the engine keeps in it: base, experts, packed, slots, gradients, moments, kv, "
+        "sampling_adapters",
     ),
     # what is promised and what is safe
     _gauge("promises", ("state",), "requests by state: pending, or kept for their clients to fetch"),
