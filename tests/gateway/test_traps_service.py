@@ -158,7 +158,7 @@ async def test_trap_33_an_ephemeral_sampler_is_a_snapshot(
 ) -> None:
     body = {"model_id": sdk.RUN, "seq_id": 3, "sampling_session_seq_id": 1, "kind": kind}
     await client.post("/save_weights_for_sampler", json=body)
-    assert backend.commands[-1][2] == SnapshotCommand(1)
+    assert backend.commands[-1][2] == SnapshotCommand(1, inflight=kind == "inflight")
 
 
 async def test_trap_37_telemetry_is_accepted_and_dropped(
