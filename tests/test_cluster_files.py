@@ -72,7 +72,7 @@ def test_the_token_goes_to_every_node_and_the_dashboard_stays_on_the_head() -> N
 
 @pytest.fixture(scope="module")
 def manifest() -> dict[tuple[str, str], dict[str, Any]]:
-    documents = yaml.safe_load_all((ROOT / "deployments" / "kuberay.yaml").read_text())
+    documents = yaml.safe_load_all((ROOT / "deployments" / "kubernetes" / "kuberay.yaml").read_text())
     return {(each["kind"], each["metadata"]["name"]): each for each in documents}
 
 

@@ -14,7 +14,7 @@ from twinkle_serve.plan import budget_of, find_shapes, report
 from twinkle_serve.testing.models import build_tiny_qwen3_moe
 
 DEPLOYMENTS = Path(__file__).parents[1] / "deployments"
-SERVED = sorted(path.name for path in DEPLOYMENTS.glob("*.yaml") if path.name != "kuberay.yaml")
+SERVED = sorted(path.name for path in DEPLOYMENTS.glob("*.yaml"))
 GPU = sorted(name for name in SERVED if name.startswith("qwen3-"))
 
 

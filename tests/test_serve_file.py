@@ -10,10 +10,7 @@ import yaml
 from twinkle_serve.config import Config, load_config
 from twinkle_serve.serve_file import IMPORT_PATH, from_serve_file, to_serve_file
 
-# kuberay.yaml is a Kubernetes manifest with such a file inside (tests/test_cluster_files.py).
-DEPLOYMENTS = sorted(
-    path for path in (Path(__file__).parents[1] / "deployments").glob("*.yaml") if path.name != "kuberay.yaml"
-)
+DEPLOYMENTS = sorted((Path(__file__).parents[1] / "deployments").glob("*.yaml"))
 
 
 def _serve_file(**application: object) -> dict[str, object]:
