@@ -1,4 +1,4 @@
-"""``make bench-gpu``: what the engine does on one GPU, in bfloat16, on a slice of Qwen3-30B-A3B's layers.
+"""``python -m benchmarks.gpu``: what the engine does on one GPU, in bfloat16, on a slice of Qwen3-30B-A3B's layers.
 
 The ceilings (a large copy, a large matrix product) are measured in the same run, and MFU is against that
 product. Weights are random, so routing is close to even: trained routers are less kind.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Report, Timing
 from twinkle_serve.config import ModelConfig, SamplerConfig
@@ -40,6 +40,8 @@ from twinkle_serve.protocol.work import (
     Snapshot,
     Tick,
 )
+from twinkle_serve.testing.real_shapes import qwen3_30b_config
+
 
 PROMPT_TOKENS = 128
 
@@ -48,24 +50,8 @@ def build(directory: Path, num_layers: int) -> Path:
     """Random weights in the shapes of Qwen3-30B-A3B, ``num_layers`` of its 48 layers."""
     if (directory / "config.json").is_file():
         return directory
-    config = Qwen3MoeConfig(
-        vocab_size=151_936,
-        hidden_size=2_048,
-        intermediate_size=6_144,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(qwen3_30b_config(num_layers), dtype=torch.bfloat16)
     model.save_pretrained(directory, max_shard_size="4GB")
     return directory
 
