@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: what the engine does on one GPU, in bfloat16, on a slice of Qwen3-30B-A3B's layers.
+"""``python -m benchmarks.gpu``: the engine on one GPU, in bfloat16, on some of Qwen3-30B-A3B's layers.
 
 The ceilings (a large copy, a large matrix product) are measured in the same run, and MFU is against that
 product. Weights are random, so routing is close to even: trained routers are less kind.
@@ -41,7 +41,6 @@ from twinkle_serve.protocol.work import (
     Tick,
 )
 from twinkle_serve.testing.real_shapes import qwen3_30b_config
-
 
 PROMPT_TOKENS = 128
 
