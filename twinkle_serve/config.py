@@ -212,7 +212,7 @@ class ModelConfig(Strict):
     deterministic: bool = Field(
         False,
         description="bitwise the same numbers alone or among others: requests never share a "
-        "microbatch, nor sequences a decode step; on several ranks it holds for training only",
+        "microbatch, nor sequences a decode step, and the first rank of several does all sampling",
     )
     stall_deadline_s: float = Field(
         60.0,

@@ -64,9 +64,8 @@ class Sampler:
         self._decoding: list[Sequence] = []
         self._ended: list[Sequence] = []
         self._pool_is_full = False
-        # How many rows share a product decides how it rounds, so in deterministic mode nothing is shared. The
-        # ranks of a group share products by their nature.
-        self._isolated = base.config.deterministic and base.config.ranks == 1
+        # How many rows share a product decides how it rounds, so in deterministic mode nothing is shared.
+        self._isolated = base.config.deterministic
 
     @property
     def num_active(self) -> int:

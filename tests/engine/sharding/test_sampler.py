@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.engine.sharding import remote
@@ -54,6 +55,26 @@ def requests(refs: list[AdapterRef | None], count: int) -> tuple[Sample, ...]:
 def test_mixed_adapters_give_the_same_tokens(both: BothFactory, sharding: str) -> None:
     pair = both(sharding)
     pair.run(samples=requests(snapshots(pair), 9), decode_budget_s=120.0)
+
+
+@ways
+def test_in_deterministic_mode_samples_are_bitwise_those_drawn_alone(
+    both: BothFactory, sharding: str
+) -> None:
+    pair = both(sharding, deterministic=True, sampler=SamplerConfig(prefill_chunk_tokens=16))
+    asks = requests(snapshots(pair), 7)
+    together = bits(pair.run(samples=asks, decode_budget_s=120.0))
+    for ask in asks:
+        alone = bits(on_crew(pair, samples=(ask,), decode_budget_s=120.0))
+        assert alone == {ask.request_id: together[ask.request_id]}
+
+
+def bits(outcomes: dict[str, Outcome]) -> dict[str, list[tuple[list[int], bytes]]]:
+    """Of each sample the tokens, and their logprobs to the last bit."""
+    return {
+        name: [(s.tokens.tolist(), np.asarray(s.logprobs).tobytes()) for s in outcome.value.sequences]
+        for name, outcome in outcomes.items()
+    }
 
 
 def test_training_goes_on_beside_samples(both: BothFactory) -> None:

@@ -1,8 +1,9 @@
 """Sampling over a group: every request is decoded by one rank, and all ranks step together.
 
 Each rank runs the plain sampler on its own requests, with its own part of the KV cache; what it must not do
-alone is go through the model, take an adapter into the pool, or stop. Knows which rank has which request.
-Does not know how a rank schedules its own (engine/sampler.py).
+alone is go through the model, take an adapter into the pool, or stop. In deterministic mode the first rank
+has all requests, and one sequence after another goes through the model: a row always meets the same others.
+Knows which rank has which request. Does not know how a rank schedules its own (engine/sampler.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,7 +110,7 @@ class SharedSampler(Sampler):
             if any(rank.prefills or rank.proposals for rank in news):
                 self._shared_step()
             else:  # the many steps that only decode need no further message
-                self._go_all([rank.decodes for rank in news], self._decode)
+                self._decode_all([rank.decodes for rank in news])
             self._outbox += self._finished()
             self._outbox += self._progress()
             over = time.perf_counter() >= deadline
@@ -127,7 +129,7 @@ class SharedSampler(Sampler):
         loads = [0] * self._ranks.size
         for member in self._members.values():
             loads[member.owner] += member.num_sequences
-        owner = loads.index(min(loads))
+        owner = 0 if self._isolated else loads.index(min(loads))
         self._members[sample.request_id] = _Member(owner, sample.request.num_samples)
         if owner == self._ranks.rank:
             try:
@@ -205,7 +207,7 @@ class SharedSampler(Sampler):
         self._go(self._places(chunks), lambda: self._prefill(chunks))
         self._outbox += self._finished()
         decodes = [(sequence, 1) for sequence in self._decoding] if self._can_decode() else []
-        self._go(self._places(decodes), self._decode)
+        self._decode_all(self._ranks.everyone(self._places(decodes)))
 
     def _places(self, rows: list[tuple[Sequence, int]]) -> Rows:
         """In the order in which rows go through the model."""
@@ -231,6 +233,21 @@ class SharedSampler(Sampler):
             self._base.sharding.complete()
             self._outbox += self._abort()
         self._base.sharding.leave()
+
+    def _decode_all(self, by_rank: list[Rows]) -> None:
+        if not self._isolated:
+            return self._go_all(by_rank, self._decode)
+        nothing: list[Rows] = [[] for _ in by_rank[1:]]
+        own = sorted(self._decoding, key=lambda sequence: sequence.job.place)
+        for index, place in enumerate(by_rank[0]):
+            self._go_all([[place], *nothing], partial(self._decode_one, own, index))
+        self._decoding = [sequence for sequence in self._decoding if sequence.stop_reason is None]
+
+    def _decode_one(self, batch: list[Sequence], index: int) -> None:
+        if batch[index] in self._decoding:
+            self._decode_together([batch[index]])
+        else:  # given up with the one before it, but the other ranks do not know that yet
+            self._go_along()
 
     def _go_along(self) -> None:
         zero = torch.zeros(1, dtype=torch.int64, device=self._base.device)
