@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,6 +185,32 @@ def running(server: Server) -> Iterator[Server]:
                 server.kill("everything", random.Random())
 
 
+class Standing:
+    """A server that stays up from test to test, as long as they ask for its deployment and none fails."""
+
+    def __init__(self, new: Callable[[str], Server]) -> None:
+        self._new = new
+        self._server: Server | None = None
+        self._name = ""
+        self._running = ExitStack()
+
+    @contextmanager
+    def borrowed(self, name: str) -> Iterator[Server]:
+        """The deployment's server, with whatever earlier tests have left in it."""
+        if self._server is None or self._name != name:
+            self.end()
+            self._name, self._server = name, self._running.enter_context(running(self._new(name)))
+        try:
+            yield self._server
+        except BaseException:
+            self.end()  # nobody knows what has become of it
+            raise
+
+    def end(self) -> None:
+        self._server = None
+        self._running.close()
+
+
 @pytest.fixture(scope="session")
 def new_server(tiny_llama: Path, tiny_moe: Path) -> Callable[[str, Path], Server]:
     """A server of a deployment file on an empty directory, not started yet."""
@@ -194,3 +220,12 @@ def new_server(tiny_llama: Path, tiny_moe: Path) -> Callable[[str, Path], Server
         return Server(root, models[name], FILES / f"{name}.yaml")
 
     return new
+
+
+@pytest.fixture(scope="module")
+def standing(
+    tmp_path_factory: pytest.TempPathFactory, new_server: Callable[[str, Path], Server]
+) -> Iterator[Standing]:
+    servers = Standing(lambda name: new_server(name, tmp_path_factory.mktemp(name)))
+    yield servers
+    servers.end()

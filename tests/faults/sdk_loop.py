@@ -1,9 +1,8 @@
 """Users' training loops that must never notice anything: ``python sdk_loop.py URL MODEL PROGRAM STEPS``.
 
-PROGRAM: ``sft`` sends step after step ahead of the answers, ``rl`` samples, scores and learns in turn. Only
-one of them samples: samples drawn together are the same as alone to rounding, not to the bit. Prints
-``step N`` as it goes, so that a test knows when to strike, and at the end one JSON object: every loss, what
-was sampled on the way, and the path of the final checkpoint.
+PROGRAM: ``sft`` sends step after step ahead of the answers and looks now and then at what its model says,
+``rl`` samples, scores and learns in turn. Prints ``step N`` as it goes, so that a test knows when to strike,
+and at the end one JSON object: every loss, what was sampled on the way, and the path of the final checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def draw(run: Any, seed: int) -> list[tuple[list[int], list[float]]]:
 
 
 def sft(run: Any, steps: int) -> tuple[list[float], list[Any]]:
-    losses, waiting = [], []
+    losses, waiting, samples = [], [], []
     for step in range(steps):
         passes = run.forward_backward([text(step), text(step + 1)], "cross_entropy")
         waiting.append((passes, run.optim_step(ADAM)))
@@ -57,7 +56,8 @@ def sft(run: Any, steps: int) -> tuple[list[float], list[Any]]:
         print(f"step {step}", flush=True)
         if step % 7 == 6:
             run.save_state("latest", overwrite=True).result()
-    return losses, []
+            samples.append(draw(run, step))
+    return losses, [*samples, draw(run, steps)]
 
 
 def rl(run: Any, steps: int) -> tuple[list[float], list[Any]]:
