@@ -147,6 +147,7 @@ def refused(*nodes: dict[str, Any], length: int = 4, **options: Any) -> str:
 X = ref("x")
 SIZE = method("n", "size", X, 0)
 OUT = method("out", "neg", X)
+OUT_OF_WIDE = method("out", "sum", ref("wide"), -1)
 STRIDED = {"layout": "strided"}
 DEEP = [method(f"d{i}", "unsqueeze", X if i == 0 else ref(f"d{i - 1}"), 0) for i in range(9)]
 
@@ -168,6 +169,11 @@ DEEP = [method(f"d{i}", "unsqueeze", X if i == 0 else ref(f"d{i - 1}"), 0) for i
         method("out", "tile", X, [2**30]),
         call("out", "torch.nn.functional.pad", X, {"tuple": [2**30, 0]}),
         call("out", "torch.diff", X, 2**40),
+        call("out", "torch.diff", X, 2**40, -1, X, X),
+        # Nothing in it, until a sum takes the empty dimension away.
+        call("out", "torch.zeros", 2**40, 0),
+        method("out", "repeat", X, 2**30, 0),
+        method("out", "expand", X, 2**40, 0, -1),
     ],
     ids=lambda node: node["target"] + str(node["args"][:3]),
 )
@@ -184,6 +190,79 @@ def test_what_would_be_huge_is_refused_before_it_is_made(node: dict[str, Any], m
         assert "elements" in refused(node, length=4)
     else:
         assert "elements" in refused(node, length=2**14)
+
+
+NO_LOGPROBS = call("none", "operator.getitem", X, {"slice": [0, 0, None]})
+COUNT = call("count", "torch.full", [], 2.0**40)
+WHOLE = call("whole", "torch.full", [], 2**40, dtype={"dtype": "int64"})
+SMALLEST = [
+    call("power", "torch.full", [9], -(2**53), dtype={"dtype": "int64"}),
+    call("smallest", "operator.mul", ref("power"), 2**10),
+]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([NO_LOGPROBS, method("wide", "reshape", ref("none"), 2**40, 0), OUT_OF_WIDE], "elements"),
+        (
+            [
+                NO_LOGPROBS,
+                method("row", "reshape", ref("none"), 2**12, 1, 0),
+                method("column", "reshape", ref("none"), 1, 2**12, 0),
+                call("wide", "operator.add", ref("row"), ref("column")),
+                OUT_OF_WIDE,
+            ],
+            "elements",
+        ),
+        ([COUNT, call("out", "torch.arange", ref("count"))], "arange takes plain numbers"),
+        ([COUNT, call("out", "torch.arange", 0, end=ref("count"))], "arange takes plain numbers"),
+        ([WHOLE, call("out", "operator.mul", [1, 2, 3], ref("whole"))], "tensors or numbers"),
+        ([WHOLE, call("out", "operator.mul", ref("whole"), {"tuple": [1]})], "tensors or numbers"),
+        ([call("out", "operator.getitem", X, [[0] * 60] * 60)], "is indexed by"),
+        ([call("out", "operator.getitem", X, {"tuple": [{"tuple": [0] * 60}]})], "is indexed by"),
+        ([call("out", "operator.getitem", X, [X, X])], "is indexed by"),
+        ([*SMALLEST, call("out", "torch.div", ref("smallest"), -1, rounding_mode="trunc")], "'floor'"),
+        ([*SMALLEST, method("out", "div", ref("smallest"), -1, rounding_mode="trunc")], "'floor'"),
+    ],
+    ids=str,
+)
+def test_ways_around_the_bounds_are_closed(nodes: list[dict[str, Any]], words: str) -> None:
+    """Empty dimensions, sizes that only a tensor knows, lists that are repeated, indices within indices, and
+    the one division that ends a process."""
+    assert words in refused(*nodes)
+
+
+def test_a_whole_number_is_divided_by_its_floor() -> None:
+    nodes = [SIZE, call("half", "torch.full", [4], 7, dtype={"dtype": "int64"})]
+    nodes += [call("three", "torch.div", ref("half"), 2, rounding_mode="floor")]
+    leaf = torch.full((4,), -1.0).requires_grad_()
+    loss = graph_loss(graph_of(*nodes, call("out", "operator.mul", X, ref("three"))), leaf, [[leaf.detach()]])
+    assert loss.value.item() == -12
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        call("out", "torch.floor_divide", X, 2.0),
+        call("out", "torch.nn.functional.huber_loss", X, ref("whole"), reduction="none"),
+    ],
+    ids=lambda node: node["target"],
+)
+def test_what_cannot_be_differentiated_says_so(node: dict[str, Any]) -> None:
+    """Only the way back fails."""
+    whole = call("whole", "torch.full", [4], 1, dtype={"dtype": "int64"})
+    assert "has no gradient: " in refused(whole, node)
+
+
+def test_the_way_back_counts_as_well() -> None:
+    """Each picks one of many, and the way back fills all of them again."""
+    nodes = [method("many", "repeat", X, 2000)]
+    nodes += [call("first", "torch.zeros", [1], dtype={"dtype": "int64"})]
+    nodes += [call(f"p{i}", "operator.getitem", ref("many"), ref("first")) for i in range(100)]
+    nodes += [method(f"q{i}", "gather", ref("many"), 0, ref("first")) for i in range(100)]
+    picked = [ref(f"{kind}{i}") for i in range(30) for kind in "pq"]
+    assert "elements" in refused(*nodes, call("out", "torch.cat", picked), length=64)
 
 
 def test_growth_by_broadcasting_is_bounded() -> None:

@@ -21,6 +21,7 @@ from twinkle_serve.engine.graph_operations import (
     METHODS,
     OPERATOR_FUNCTIONS,
     num_elements,
+    volume,
 )
 from twinkle_serve.engine.losses import Loss
 from twinkle_serve.protocol.data import DatumBatch
@@ -29,7 +30,7 @@ from twinkle_serve.protocol.loss_graph import Dtype, Ignored, LossGraph, Node, R
 from twinkle_serve.protocol.losses import TARGETS
 
 MAX_ELEMENTS = 2**24
-FREE_ELEMENTS = 2**16
+FREE_ELEMENTS = 2**13
 ELEMENTS_PER_LOGPROB = 4096
 """All results of a datum's nodes together: the free ones, and so many for each of its logprobs."""
 
@@ -48,6 +49,7 @@ _REFUSALS = (
 )
 _TRIAL_SHAPES = ((24, 8), (7, 3), (128, 16))
 _MAX_TRIALS = 16
+_TRIAL_ELEMENTS = 2**18
 
 Tensors = Sequence[torch.Tensor]
 
@@ -99,7 +101,7 @@ def try_graph(graph: LossGraph) -> None:
     problem: UserError | None = None
     for tensors in _trials(graph):
         try:
-            loss, _ = _run(graph, tensors)
+            loss, _ = _run(graph, tensors, _TRIAL_ELEMENTS)
             _gradient(graph, loss, tensors[0])
             return
         except UserError as error:
@@ -120,17 +122,22 @@ def _trials(graph: LossGraph) -> Iterator[list[torch.Tensor]]:
 
 
 def _gradient(graph: LossGraph, loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    found = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    try:
+        found = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    except _REFUSALS as error:  # what a node computes, torch cannot always differentiate
+        raise UserError(f"custom loss {graph.name!r} has no gradient: {_in_short(error)}") from None
     if found is None:
         raise UserError(f"custom loss {graph.name!r} does not depend on logprobs")
     return found
 
 
-def _run(graph: LossGraph, tensors: Tensors) -> tuple[torch.Tensor, dict[str, float]]:
+def _run(
+    graph: LossGraph, tensors: Tensors, most: int = MAX_ELEMENTS
+) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one datum, with its graph, and its metrics."""
     values: dict[str, Any] = {}
     inputs = iter(tensors)
-    room = min(MAX_ELEMENTS, FREE_ELEMENTS + ELEMENTS_PER_LOGPROB * tensors[0].numel())
+    room = min(most, FREE_ELEMENTS + ELEMENTS_PER_LOGPROB * tensors[0].numel())
     for node in graph.nodes:
         if node.kind == "input":
             values[node.name] = next(inputs)
@@ -140,13 +147,14 @@ def _run(graph: LossGraph, tensors: Tensors) -> tuple[torch.Tensor, dict[str, fl
             size, values[node.name] = _compute(node, values, room)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except torch.OutOfMemoryError:
-            raise
         except _REFUSALS as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{where}: {reason[:300]}") from None
+            raise UserError(f"{where}: {_in_short(error)}") from None
         room -= size
     return _results(graph, values)
+
+
+def _in_short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _results(graph: LossGraph, values: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -177,13 +185,27 @@ def _compute(node: Node, values: Mapping[str, Any], room: int) -> tuple[int, Any
     name = node.target.rpartition(".")[2]
     if name == "view" and any(isinstance(item, torch.dtype) for item in (*args, *kwargs.values())):
         raise UserError("a view of another dtype is not served")
-    size = max(0, num_elements(node.kind, name, args, kwargs))
+    size = num_elements(node.kind, name, args, kwargs)
+    _require_room(size, room)
+    result = _checked(function(*args, **kwargs))
+    # An empty result may have any shape at no cost; what is made of it next may not.
+    size = max(size, _volume(result))
+    _require_room(size, room)
+    return size, result
+
+
+def _require_room(size: int, room: int) -> None:
     if size > room:
         raise UserError(
             f"its result may have {size} elements, and {room} are left for this datum: all results together "
             f"may have {FREE_ELEMENTS} + {ELEMENTS_PER_LOGPROB} for each logprob, at most {MAX_ELEMENTS}"
         )
-    return size, _checked(function(*args, **kwargs))
+
+
+def _volume(result: Any) -> int:
+    if isinstance(result, tuple):
+        return max(map(_volume, result), default=1)
+    return volume(result.shape) if isinstance(result, torch.Tensor) else 1
 
 
 def _function(node: Node, args: Sequence[Any]) -> Any:

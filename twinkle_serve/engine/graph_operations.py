@@ -49,19 +49,36 @@ _TENSOR_OPERATORS = OPERATORS - {"getitem", "matmul"}
 _PRODUCTS = frozenset({"matmul", "mm", "mv", "bmm"})
 
 
+def volume(shape: Iterable[int]) -> int:
+    """The elements of a tensor of this shape, where a dimension of 0 counts as 1: behind it another one could
+    grow without end, until a later operation takes the empty one away."""
+    return math.prod(max(1, size) for size in shape)
+
+
 def num_elements(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """A bound on the elements of the result and on the steps to it. ``name`` without its module. Raises
-    RuntimeError or TypeError, as torch would, for arguments that cannot be right."""
+    """A bound on the elements of the result and on the steps to it and back. ``name`` without its module.
+    Raises RuntimeError or TypeError, as torch would, for arguments that cannot be right."""
     tensors = list(_tensors([*args, *kwargs.values()]))
     if kind == "operator" and name == "getitem":
-        return _indexed(args[0], args[1]) if tensors else 1
+        return _indexed(args[0], args[1]) if isinstance(args[0], torch.Tensor) else 1
+    if kind == "operator" and not all(isinstance(arg, torch.Tensor | int | float) for arg in args):
+        raise TypeError("it takes tensors or numbers")  # and repeats no list
+    if kwargs.get("rounding_mode") == "trunc" and not any(tensor.is_floating_point() for tensor in tensors):
+        # The smallest whole number by -1 ends the process (SIGFPE).
+        raise TypeError("whole numbers are not divided with rounding_mode 'trunc'; 'floor' is served")
     if name in _PRODUCTS:
         return _product(*tensors[:2])
     if name in ELEMENTWISE or (kind == "operator" and name in _TENSOR_OPERATORS):
-        return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+        return _elementwise(name, tensors)
     if name in GROWING:
         return _grown(name, args, kwargs, tensors)
-    return max((tensor.numel() for tensor in tensors), default=1)
+    return max((volume(tensor.shape) for tensor in tensors), default=1)
+
+
+def _elementwise(name: str, tensors: Sequence[torch.Tensor]) -> int:
+    size = volume(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+    # Of one tensor `where` gives the places that are not 0, dimension by dimension.
+    return size * max(1, tensors[0].ndim) if name == "where" and len(tensors) == 1 else size
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
@@ -73,63 +90,76 @@ def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
 
 
 def _indexed(tensor: torch.Tensor, index: Any) -> int:
-    """Of tensor[index]. Index tensors of whole numbers may name an element more than once."""
+    """Of tensor[index]. Index tensors of whole numbers may name an element more than once; the way back
+    fills all of ``tensor``."""
     parts = index if isinstance(index, tuple) else (index,)
+    if not all(map(_is_index, parts)):
+        raise TypeError(
+            "a tensor is indexed by whole numbers, slices, None, Ellipsis, tensors and lists of whole numbers"
+        )
+    whole = volume(tensor.shape)
     chosen = [part for part in parts if isinstance(part, torch.Tensor) and part.dtype != torch.bool]
-    lists = math.prod(len(part) for part in parts if isinstance(part, list))
+    lists = math.prod(max(1, len(part)) for part in parts if isinstance(part, list))
     if not chosen:
-        return tensor.numel() * lists
-    size = math.prod(torch.broadcast_shapes(*(part.shape for part in chosen))) * lists
+        return whole * lists
+    size = volume(torch.broadcast_shapes(*(part.shape for part in chosen))) * lists
     if len(chosen) == len(parts) <= tensor.ndim:
-        return size * math.prod(tensor.shape[len(parts) :])
-    return size * tensor.numel()
+        return max(whole, size * volume(tensor.shape[len(parts) :]))
+    return size * whole
+
+
+def _is_index(part: Any) -> bool:
+    if isinstance(part, list):
+        return all(isinstance(item, int) for item in part)
+    return part is None or part is ... or isinstance(part, int | slice | torch.Tensor)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> int:
     rows = left.shape[-2] if left.ndim > 1 else 1
     columns = right.shape[-1] if right.ndim > 1 else 1
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    return math.prod(batch) * rows * columns * (left.shape[-1] if left.ndim else 1)
+    return volume((*batch, rows, columns, left.shape[-1] if left.ndim else 1))
 
 
 def _grown(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> int:
     """Of the operations whose result may be larger than everything that goes in."""
+    volumes = [volume(tensor.shape) for tensor in tensors]
     match name:
         case "zeros" | "ones" | "full":
             return _size(args[:1] if name == "full" else args, kwargs)
         case "new_zeros" | "new_ones" | "new_full":
             return _size(args[1:2] if name == "new_full" else args[1:], kwargs)
         case "arange":
-            bounds = [value for value in args if isinstance(value, int | float)]
-            bounds += [kwargs[key] for key in ("start", "end", "step") if key in kwargs]
+            bounds = [*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs)]
+            if not all(isinstance(value, int | float) for value in bounds):
+                raise TypeError("arange takes plain numbers")
             return math.ceil(sum(abs(value) for value in bounds) / min(1, *map(_step, bounds), 1)) + 1
         case "expand" | "broadcast_to":
             sizes = _flat_sizes(args[1:], kwargs)
             known = tensors[0].shape
             padded = (1,) * (len(sizes) - len(known)) + tuple(known)
-            return math.prod(old if new == -1 else new for old, new in zip(padded, sizes, strict=False))
+            return volume(old if new == -1 else new for old, new in zip(padded, sizes, strict=False))
         case "max" | "min":  # of one tensor, or of two element by element
-            return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+            return volume(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
         case "expand_as":
-            return tensors[1].numel()
+            return volume(tensors[1].shape)
         case "repeat" | "tile":
-            return tensors[0].numel() * math.prod(_flat_sizes(args[1:], kwargs))
+            return volumes[0] * volume(_flat_sizes(args[1:], kwargs))
         case "outer":
-            return tensors[0].numel() * tensors[1].numel()
-        case "gather":
-            return tensors[1].numel()
-        case "diff":  # taken so many times, each on what the last one left
+            return volumes[0] * volumes[1]
+        case "gather":  # the way back fills what was gathered from
+            return max(volumes)
+        case "diff":  # taken so many times, each on what the last one left; more tensors lengthen the first
             times = args[1] if len(args) > 1 else kwargs.get("n", 1)
-            return tensors[0].numel() * max(1, min(int(times), tensors[0].numel()))
+            return sum(volumes) * max(1, min(int(times), sum(volumes)))
         case "index_select":
-            return tensors[1].numel() * tensors[0].numel()
+            return volumes[0] * volumes[1]
         case "pad":
             pads = [max(0, value) for value in _flat_sizes(args[1:2], kwargs)]
-            return math.prod(size + sum(pads) for size in tensors[0].shape[-max(1, len(pads) // 2) :]) * max(
-                1, tensors[0].numel()
-            )
+            padded = (size + sum(pads) for size in tensors[0].shape[-max(1, len(pads) // 2) :])
+            return volume(padded) * volumes[0]
     assert name in ("cat", "concat", "stack"), name
-    return sum(tensor.numel() for tensor in tensors)
+    return sum(volumes)
 
 
 def _step(value: float) -> float:
@@ -138,7 +168,7 @@ def _step(value: float) -> float:
 
 
 def _size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    return math.prod(_flat_sizes(args, kwargs))
+    return volume(_flat_sizes(args, kwargs))
 
 
 def _flat_sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
