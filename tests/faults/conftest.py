@@ -6,11 +6,12 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,12 +35,16 @@ TITLES = {
 
 @dataclass
 class Server:
-    """``twinkle-serve up`` of a deployment file on one port and one storage root, through all its deaths."""
+    """``twinkle-serve up`` of a deployment file on one port and one storage root, through all its deaths.
+
+    earlier_runs: those that clients have left behind which are gone.
+    """
 
     root: Path
     model: Path
     deployment: Path
     port: int = field(default_factory=free_port)
+    earlier_runs: set[str] = field(default_factory=set)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -131,6 +136,8 @@ class Server:
         if place is None:
             time.sleep(rng.uniform(0, 0.3))
         else:
+            if place == "in replay":
+                self._await_a_snapshot()
             (self.traps / place).touch()
             if place == "in replay":
                 self.kill("rank", rng)
@@ -140,6 +147,19 @@ class Server:
             path.unlink()
         if victim == "everything":
             self.start()
+
+    def runs_in(self, *tables: str) -> set[str]:
+        """The runs that have rows in these tables of the journal."""
+        query = " UNION ".join(f"SELECT run_id FROM journal_{table}" for table in tables)
+        with closing(sqlite3.connect(f"file:{self.store}/journal.sqlite?mode=ro", uri=True)) as journal:
+            return {run_id for (run_id,) in journal.execute(query)}
+
+    def _await_a_snapshot(self) -> None:
+        """Of a run of now. One that has none is not restored but made again."""
+        deadline = time.monotonic() + TRAP_S
+        while not self.runs_in("snapshots") - self.earlier_runs:
+            assert time.monotonic() < deadline, f"no run is snapshotted:\n{self.tail()}"
+            time.sleep(0.05)
 
     def _await_somebody_at(self, place: str) -> None:
         deadline = time.monotonic() + TRAP_S
@@ -200,6 +220,7 @@ class Standing:
         if self._server is None or self._name != name:
             self.end()
             self._name, self._server = name, self._running.enter_context(running(self._new(name)))
+        self._server.earlier_runs = self._server.runs_in("entries", "snapshots")
         try:
             yield self._server
         except BaseException:
