@@ -274,7 +274,19 @@ def test_many_small_results_are_too_many_together() -> None:
     """No single one is large."""
     nodes = [method("n0", "repeat", X, 1000)]
     nodes += [call(f"n{i}", "torch.exp", ref(f"n{i - 1}")) for i in range(1, 400)]
-    assert "all results together" in refused(*nodes, call("out", "torch.neg", ref("n399")))
+    assert "all nodes together" in refused(*nodes, call("out", "torch.neg", ref("n399")))
+
+
+def test_what_takes_long_counts_for_more() -> None:
+    """As many elements of the one fit as do not of the other."""
+
+    def nodes(name: str) -> list[dict[str, Any]]:
+        many = [method("n0", "repeat", X, 1000)]  # 4,000 of 8,192 + 4 * 4,096
+        return [*many, call("n1", f"torch.{name}", ref("n0")), call("out", "torch.neg", ref("n1"))]
+
+    leaf = torch.full((4,), -1.5).requires_grad_()
+    graph_loss(graph_of(*nodes("exp")), leaf, [[leaf.detach()]])
+    assert "as much as 32000 elements" in refused(*nodes("lgamma"))
 
 
 def test_products_count_their_multiplications() -> None:

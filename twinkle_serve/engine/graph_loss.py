@@ -20,7 +20,7 @@ from twinkle_serve.engine.graph_operations import (
     MATH_FUNCTIONS,
     METHODS,
     OPERATOR_FUNCTIONS,
-    num_elements,
+    cost,
     volume,
 )
 from twinkle_serve.engine.losses import Loss
@@ -185,7 +185,7 @@ def _compute(node: Node, values: Mapping[str, Any], room: int) -> tuple[int, Any
     name = node.target.rpartition(".")[2]
     if name == "view" and any(isinstance(item, torch.dtype) for item in (*args, *kwargs.values())):
         raise UserError("a view of another dtype is not served")
-    size = num_elements(node.kind, name, args, kwargs)
+    size = cost(node.kind, name, args, kwargs)
     _require_room(size, room)
     result = _checked(function(*args, **kwargs))
     # An empty result may have any shape at no cost; what is made of it next may not.
@@ -197,8 +197,8 @@ def _compute(node: Node, values: Mapping[str, Any], room: int) -> tuple[int, Any
 def _require_room(size: int, room: int) -> None:
     if size > room:
         raise UserError(
-            f"its result may have {size} elements, and {room} are left for this datum: all results together "
-            f"may have {FREE_ELEMENTS} + {ELEMENTS_PER_LOGPROB} for each logprob, at most {MAX_ELEMENTS}"
+            f"its result may take as much as {size} elements, and {room} are left for this datum: all nodes "
+            f"together have {FREE_ELEMENTS} + {ELEMENTS_PER_LOGPROB} for each logprob, at most {MAX_ELEMENTS}"
         )
 
 

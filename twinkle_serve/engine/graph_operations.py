@@ -47,12 +47,24 @@ MATH_FUNCTIONS: Mapping[str, Callable[..., Any]] = {name: getattr(math, name) fo
 
 _TENSOR_OPERATORS = OPERATORS - {"getitem", "matmul"}
 _PRODUCTS = frozenset({"matmul", "mm", "mv", "bmm"})
+# Those that take at least five times as long as an exponential and its gradient.
+_LASTING = frozenset(
+    {"sort", "argsort", "topk", "median", "lgamma", "digamma", "logcumsumexp", "cumprod"}
+    | {"fmod", "remainder", "mod", "float_power"}
+)
+_LONG = 8
 
 
 def volume(shape: Iterable[int]) -> int:
     """The elements of a tensor of this shape, where a dimension of 0 counts as 1: behind it another one could
     grow without end, until a later operation takes the empty one away."""
     return math.prod(max(1, size) for size in shape)
+
+
+def cost(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """What the node takes there and back, in elements: those of its result, or more where each takes long.
+    ``name`` without its module. Raises as ``num_elements``."""
+    return (_LONG if name in _LASTING else 1) * num_elements(kind, name, args, kwargs)
 
 
 def num_elements(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -156,8 +168,8 @@ def _grown(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: S
             return volumes[0] * volumes[1]
         case "pad":
             pads = [max(0, value) for value in _flat_sizes(args[1:2], kwargs)]
-            padded = (size + sum(pads) for size in tensors[0].shape[-max(1, len(pads) // 2) :])
-            return volume(padded) * volumes[0]
+            sides = tensors[0].shape[-max(1, len(pads) // 2) :]
+            return volume(size + sum(pads) for size in sides) * volumes[0]
     assert name in ("cat", "concat", "stack"), name
     return sum(volumes)
 
