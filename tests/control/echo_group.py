@@ -78,6 +78,7 @@ class EchoGroup:
         self.num_crashes_left = 0
         self.crash_when = lambda tick, phase: False
         self.tried: list[str] = []
+        self.num_trying = self.most_trying = 0
         self.raise_in_tick: Exception | None = None
         self.rebuilds = 0
         self.rebuild_failures = 0
@@ -91,6 +92,10 @@ class EchoGroup:
     async def check_loss(self, graph: str) -> Failure | None:
         """A loss whose text starts with "bad" is one; "lost" is tried when no rank is there."""
         self.tried.append(graph)
+        self.num_trying += 1
+        self.most_trying = max(self.most_trying, self.num_trying)
+        await asyncio.sleep(0.01)
+        self.num_trying -= 1
         if graph.startswith("lost"):
             raise GroupLost("no rank")
         return Failure("a bad loss") if graph.startswith("bad") else None

@@ -36,6 +36,19 @@ async def test_a_loss_is_tried_once_and_then_known(tmp_path: Path) -> None:
             await plane.create_custom_loss("bob", client.session, 1, "graph")
 
 
+async def test_one_is_tried_at_a_time(tmp_path: Path) -> None:
+    """A tick that comes in between waits for one of them, not for all."""
+    group = EchoGroup()
+    async with control_plane(tmp_path, group) as plane:
+        client = await Client(plane).open()
+        graphs = ["graph", "bad graph", "lost graph", "graph", "graph"]
+        answers = [plane.create_custom_loss(TENANT, client.session, *each) for each in enumerate(graphs)]
+        results = await asyncio.gather(*answers, return_exceptions=True)
+        assert [type(result) for result in results] == [str, str, BackendUnavailable, str, str]
+        assert group.tried == graphs
+        assert group.most_trying == 1
+
+
 async def test_a_bad_loss_fails_and_leaves_nothing(tmp_path: Path) -> None:
     async with control_plane(tmp_path) as plane:
         client = await Client(plane).open()

@@ -171,6 +171,20 @@ async def test_a_hostile_graph_is_a_failed_promise(
     assert backend.losses == {}
 
 
+@pytest.mark.parametrize(("num_bytes", "status"), [(900_000, 200), (2_000_000, 413)])
+async def test_a_huge_graph_is_not_read(
+    client: httpx.AsyncClient, backend: ScriptedBackend, num_bytes: int, status: int
+) -> None:
+    """What is a little too large is told how large it may be."""
+    body = upload(wire(reinforce, logprobs=1, advantages=1), name="n" * num_bytes)
+    answer = await client.post("/create_custom_loss", json=body)
+    assert answer.status_code == status
+    if status == 200:
+        answer = await client.post("/retrieve_future", json=answer.json())
+    assert "at most" in answer.text
+    assert backend.losses == {}
+
+
 @pytest.mark.parametrize("missing", ["session_id", "custom_loss_seq_id"])
 async def test_without_an_address_it_is_a_400(client: httpx.AsyncClient, missing: str) -> None:
     body = upload(wire(reinforce, logprobs=1, advantages=1))

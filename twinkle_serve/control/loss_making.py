@@ -28,6 +28,8 @@ class LossMaking:
         self._accept = accept
         self._clock = clock
         self._making: dict[str, asyncio.Future[str]] = {}
+        # A rank does what it is asked in turn: many trials at once would all go before the next tick.
+        self._trial = asyncio.Lock()
 
     async def create_custom_loss(
         self, tenant: str, session_id: str, custom_loss_seq_id: int, graph: str | Failure
@@ -48,7 +50,8 @@ class LossMaking:
         if isinstance(graph, Failure):
             return self._accept.failed(tenant, graph)
         try:
-            failure = await next(iter(self._drivers.values())).group.check_loss(graph)
+            async with self._trial:
+                failure = await next(iter(self._drivers.values())).group.check_loss(graph)
         except GroupLost:
             raise BackendUnavailable(RECOVERING) from None
         if failure is not None:

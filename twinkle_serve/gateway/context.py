@@ -69,14 +69,16 @@ class Call:
         most = self.gateway.config.http.max_body_bytes
         return most if self.limits.body_bytes is None else min(most, self.limits.body_bytes)
 
-    async def body(self, request: Request) -> bytes:
-        """Raises BodyTooLarge, MalformedBody. Stands in line while the tenant's other bodies are too many."""
-        await self.visit.hold(expected_bytes(request, self.max_body_bytes))
-        return await read_body(request, self.max_body_bytes)
+    async def body(self, request: Request, most: int | None = None) -> bytes:
+        """most: bytes, where the route has a limit of its own. Raises BodyTooLarge, MalformedBody. Stands in
+        line while the tenant's other bodies are too many."""
+        max_bytes = self.max_body_bytes if most is None else min(most, self.max_body_bytes)
+        await self.visit.hold(expected_bytes(request, max_bytes))
+        return await read_body(request, max_bytes)
 
-    async def object(self, request: Request) -> dict[str, Any]:
-        """The JSON object in the body; {} when there is none. Raises as ``body``."""
-        return parse_object(await self.body(request))
+    async def object(self, request: Request, most: int | None = None) -> dict[str, Any]:
+        """The JSON object in the body; {} when there is none. As ``body``."""
+        return parse_object(await self.body(request, most))
 
     async def datum_limits(self, run_id: str) -> DatumLimits:
         """Raises NotFound."""

@@ -13,15 +13,17 @@ from twinkle_serve.gateway.http import describes
 from twinkle_serve.gateway.training import promise
 from twinkle_serve.protocol import requests as wire
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.loss_graph import check_graph
+from twinkle_serve.protocol.loss_graph import MAX_TEXT_BYTES, check_graph
 from twinkle_serve.protocol.work import Failure
 
 router = APIRouter(tags=["training"])
+_MAX_BODY_BYTES = 4 * MAX_TEXT_BYTES
+"""A graph within its limit fits, however it is spaced; nobody parses more."""
 
 
 @router.post("/create_custom_loss", openapi_extra=describes(wire.CreateCustomLoss))
 async def create_custom_loss(request: Request, call: Authenticated) -> Response:
-    body = wire.read(wire.CreateCustomLoss, await call.object(request))
+    body = wire.read(wire.CreateCustomLoss, await call.object(request, _MAX_BODY_BYTES))
     graph: str | Failure
     if call.gateway.config.losses.custom_loss_server_side:
         try:
