@@ -207,7 +207,7 @@ def up(config: Config, options: argparse.Namespace) -> None:
 
     try:
         _say("starting Ray ...")
-        with private_ray(config.ray, namespace="twinkle-serve"):
+        with private_ray(config.ray, "twinkle-serve", with_haproxy=config.http.proxy == "haproxy"):
             try:
                 _start(config)
                 print(f"ready {_url(config)}", file=ready, flush=True)

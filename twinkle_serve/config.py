@@ -25,6 +25,11 @@ class HttpConfig(Strict):
     host: str = Field("127.0.0.1", description="address the HTTP proxy binds to")
     port: int = Field(8000, ge=1, le=65535, description="TCP port")
     replicas: int = Field(2, ge=1, le=64, description="ingress replicas; they hold no state")
+    proxy: Literal["serve", "haproxy"] = Field(
+        "serve",
+        description="who takes requests in when `up` starts Ray: Serve's own proxy, or HAProxy, with a third "
+        "less CPU a request; a Ray that runs already is told by its environment (docs/operations.md)",
+    )
     route_prefix: str = Field("/", pattern=r"^/", description="everything is served below this path")
     public_url: str | None = Field(
         None, description="base of download links; null: taken from the request's Host header"

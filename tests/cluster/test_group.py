@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ async def test_outcomes_then_the_report(standin: ModelConfig) -> None:
 
 async def test_a_large_value_is_an_object_reference_that_outlives_the_worker(standin: ModelConfig) -> None:
     async with _started(standin) as group:
-        outcome, _ = await _run(group, Tick(1, passes=(_pass("fine", floats=100_000),)))
+        large = replace(_pass("fine", floats=100_000), datums=bytes(100_000))
+        outcome, _ = await _run(group, Tick(1, passes=(large,)))
     assert isinstance(outcome, Outcome)
     assert isinstance(outcome.value, ray.ObjectRef)
     result = await outcome.value

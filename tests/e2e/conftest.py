@@ -1,7 +1,8 @@
 """One server for the tests of this directory: two tiny models, two ingress replicas, started as users do.
 
 Its models have one rank, or as many as in the deployment file that TWINKLE_DEPLOYMENT names; the tests are
-the same. ``make test-2rank`` runs them all against deployments/local-2rank.yaml.
+the same. ``make test-2rank`` runs them all against deployments/local-2rank.yaml, ``make test-haproxy`` with
+TWINKLE_PROXY=haproxy.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def server(
     tree = {
         "models": [model | {"num_threads": 1, "device": "cpu"} for model in models],
         "storage": {"root": str(directory / "store")},
-        "http": {"replicas": 2},
+        "http": {"replicas": 2, "proxy": os.environ.get("TWINKLE_PROXY", "serve")},
         "monitoring": {"log_file": str(directory / "server.jsonl"), "log_level": "DEBUG"},
         "losses": {"whitelist": [whitelisted(FOCAL)]},
     }

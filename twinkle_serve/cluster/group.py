@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twinkle_serve.cluster.watch import until_stalled
-from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker
+from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker, is_short
 from twinkle_serve.config import ModelConfig, MonitoringConfig
 from twinkle_serve.control.group import GroupLost
 from twinkle_serve.engine.sharding.place import RankPlace
@@ -233,12 +233,16 @@ class RayGroup:
     async def _follow(self, rank: int, worker: Any, tick: Tick, items: asyncio.Queue[_Item]) -> None:
         """Put one rank's outcomes into ``items``, then a _Finished, or a _Lost if it dies or raises."""
         try:
-            stream = worker.run_tick.remote(tick)
-            async for reference in stream:
-                item = await reference
-                if isinstance(item, Outcome) and isinstance(item.value, NextItem):
-                    item = dataclasses.replace(item, value=await anext(stream))
-                items.put_nowait(item)
+            if is_short(tick):
+                for item in await worker.run_short_tick.remote(tick):
+                    items.put_nowait(item)
+            else:
+                stream = worker.run_tick.remote(tick)
+                async for reference in stream:
+                    item = await reference
+                    if isinstance(item, Outcome) and isinstance(item.value, NextItem):
+                        item = dataclasses.replace(item, value=await anext(stream))
+                    items.put_nowait(item)
             items.put_nowait(_Finished(rank))
         except RayError as error:
             _log.error("rank %d of %s is lost: %s", rank, self._name, error)

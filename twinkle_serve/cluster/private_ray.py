@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from twinkle_serve.cluster import haproxy
 from twinkle_serve.config import RayConfig
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -42,10 +43,10 @@ SWITCHES = {
 
 
 @contextmanager
-def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
+def private_ray(config: RayConfig, namespace: str, with_haproxy: bool = False) -> Iterator[None]:
     """Ray while the block lasts. Call it once in a process, from the main thread, before ray is imported.
 
-    All processes below this one that the block started are gone afterwards.
+    All processes below this one that the block started are gone afterwards. Raises NoHaproxy.
     """
     os.environ |= SWITCHES
     # Given in the environment, so that nothing is read from or written to the home directory.
@@ -55,6 +56,8 @@ def private_ray(config: RayConfig, namespace: str) -> Iterator[None]:
     scratch = Path(tempfile.mkdtemp(prefix="twinkle-", dir=_short_directory()))
     os.environ["TMPDIR"] = str(scratch)
     try:
+        if with_haproxy:
+            os.environ |= haproxy.environment(scratch)
         import ray
 
         ray.init(

@@ -109,6 +109,11 @@ class RankWorker:
         """Where the ranks could meet on this rank's node: ``tcp://host:port``, free right now."""
         return free_address()
 
+    def node(self) -> str:
+        """Ray's id of the node that this rank is on."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
     def load(self, place: RankPlace | None = None) -> ModelInfo:
         """Load the model and try a step. Raises what the engine raises, or RuntimeError."""
         prepare_environment(self._config)
@@ -154,6 +159,19 @@ class RankWorker:
     @ray.method(num_returns="streaming")
     def run_tick(self, tick: Tick) -> Iterator[Any]:
         """Each outcome as its own object, then the TickReport; the first rank speaks for the others."""
+        for item in self._items(tick):
+            if isinstance(item, Outcome) and item.num_bytes > INLINE_BYTES:
+                yield dataclasses.replace(item, value=NextItem(), metrics=summary_of(item.value))
+                yield item.value
+            else:
+                yield item
+
+    def run_short_tick(self, tick: Tick) -> list[Outcome | Progress | TickReport]:
+        """All of them in one answer: for a tick that ``is_short``, where a message for each of them would
+        cost more than the work."""
+        return list(self._items(tick))
+
+    def _items(self, tick: Tick) -> Iterator[Outcome | Progress | TickReport]:
         assert self._engine is not None
         self._thread = threading.get_ident()
         PULSE.enter("start")
@@ -165,11 +183,18 @@ class RankWorker:
                 continue
             if isinstance(item, Outcome):
                 item = dataclasses.replace(item, num_bytes=num_bytes(item.value))
-            if isinstance(item, Outcome) and item.num_bytes > INLINE_BYTES:
-                yield dataclasses.replace(item, value=NextItem(), metrics=summary_of(item.value))
-                yield item.value
-            else:
-                yield item
+            yield item
+
+
+def is_short(tick: Tick) -> bool:
+    """Whether nobody waits noticeably longer for an outcome that comes together with the tick's last one.
+
+    So it reads and writes no files and draws no tokens; and what passes answer, which is never more than
+    the datums they got, is small enough to travel inside a message.
+    """
+    files = tick.restores or tick.loads or tick.saves or tick.snapshots or tick.persists
+    draws = tick.samples or tick.cancels or tick.decode_budget_s
+    return not files and not draws and sum(len(item.datums) for item in tick.passes) <= INLINE_BYTES
 
 
 def _waits(frame: FrameType | None) -> bool:

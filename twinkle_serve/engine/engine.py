@@ -25,7 +25,7 @@ from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import choose_device, load_base_model
 from twinkle_serve.engine.flops import with_speed
 from twinkle_serve.engine.graph_loss import try_graph
-from twinkle_serve.engine.memory import memory_of
+from twinkle_serve.engine.memory import memory_of, weights_of
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
 from twinkle_serve.engine.page_store import PageStore
 from twinkle_serve.engine.pulse import PULSE
@@ -83,6 +83,7 @@ class Engine:
         self._directory = directory = self._find_model(config)
         self.base = load_base_model(config, directory, self.ranks)
         self._shares = self.base.shares
+        self._weights = weights_of(self.base)
         self.pool = SlotPool(
             self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device, self.base.dtype
         )
@@ -122,7 +123,8 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank's device by use; see memory.memory_of. No rank asks another one."""
-        return memory_of(self.base, self.pool, self._adapters.pool, self._sampler.cache)
+        own, cache = self._adapters.pool, self._sampler.cache
+        return memory_of(self._weights, self.base.device, self.pool, own, cache)
 
     def check_loss(self, graph: str) -> Failure | None:
         """What is wrong with an uploaded loss, tried on made-up data."""

@@ -6,7 +6,7 @@ other memory, or other ranks; ``activations`` can be told only where the device 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -17,27 +17,40 @@ from twinkle_serve.engine.kv_cache import KVCache
 from twinkle_serve.engine.slots import SlotPool
 
 
-def memory_of(base: BaseModel, slots: SlotPool, adapters: AdapterPool, cache: KVCache) -> dict[str, int]:
-    """Bytes on the device by use.
-
-    base: of it, experts are those of fused experts. packed: weights in a second layout. slots: weights of
-    training runs; gradients and moments are theirs. activations: a GPU's highest use so far beyond the rest.
-    """
+def weights_of(base: BaseModel) -> dict[str, int]:
+    """Bytes of the frozen weights, which stay as they were loaded. experts: those in ``base`` that belong to
+    fused experts. packed: weights in a second layout."""
     expert_ids = {id(parameter) for parameter in _expert_parameters(base)}
     parameters = list(base.model.parameters())
-    found = {
+    return {
         "base": sum(map(_kept_bytes, parameters)),
         "experts": sum(_kept_bytes(p) for p in parameters if id(p) in expert_ids),
         "packed": sum(map(packed_bytes, parameters)),
+    }
+
+
+def memory_of(
+    weights: Mapping[str, int],
+    device: torch.device,
+    slots: SlotPool,
+    adapters: AdapterPool,
+    cache: KVCache,
+) -> dict[str, int]:
+    """Bytes on the device by use; each tick reports them, so this walks through no model.
+
+    weights: see ``weights_of``. slots: weights of training runs; gradients and moments are theirs.
+    activations: a GPU's highest use so far beyond the rest.
+    """
+    found = dict(weights) | {
         "slots": slots.weight_bytes,
         "gradients": slots.grads.nbytes,
         "moments": slots.exp_avg.nbytes + slots.exp_avg_sq.nbytes,
         "sampling_adapters": adapters.num_bytes,
         "kv": _sum_bytes([*cache.keys, *cache.values]),
     }
-    if base.device.type == "cuda":
+    if device.type == "cuda":
         rest = sum(found.values()) - found["experts"]
-        found["activations"] = max(0, torch.cuda.max_memory_allocated(base.device) - rest)
+        found["activations"] = max(0, torch.cuda.max_memory_allocated(device) - rest)
     return found
 
 
