@@ -27,15 +27,14 @@ from twinkle_serve.storage.journal_rows import (
     METADATA,
     RESULTS,
     SNAPSHOTS,
-    DamagedEntry,
     JournalEntry,
     RunHistory,
     StoredResult,
     StoredSnapshot,
     read,
     row_of,
-    run_ids,
 )
+from twinkle_serve.storage.rescue import rescue
 from twinkle_serve.storage.wal import mend
 
 _log = logging.getLogger(__name__)
@@ -61,6 +60,8 @@ class Journal:
         path = Path(root).absolute() / "journal.sqlite"
         if url is None and (problem := mend(path)):
             _log.error("%s: %s; everything before it is kept", path, problem)
+        if url is None and (problem := rescue(path)):
+            _log.error("%s is damaged: %s; the damaged file is kept beside it", path, problem)
         self._engine = _open(url or f"sqlite:///{path}", sync)
         METADATA.create_all(self._engine)
         with self._engine.begin() as connection:
@@ -136,20 +137,10 @@ class Journal:
     def histories(self) -> dict[str, RunHistory]:
         """Everything, by run id; for the start, before anything is written."""
         with self._engine.connect() as connection:
-            try:
-                histories = read(connection)
-            except sa.exc.DatabaseError as error:
-                _log.error("the journal is damaged: %s; the runs that it touches are left out", error.orig)
-                histories = {run_id: self._salvage(connection, run_id) for run_id in run_ids(connection)}
+            histories = read(connection)
         entries = (entry for history in histories.values() for entry in history.entries)
         self.num_bytes = sum(len(entry.payload) for entry in entries)
         return histories
-
-    def _salvage(self, connection: sa.Connection, run_id: str) -> RunHistory:
-        try:
-            return read(connection, run_id)[run_id]
-        except sa.exc.DatabaseError:
-            return RunHistory(damaged=[DamagedEntry()])
 
     def history(self, run_id: str) -> asyncio.Future[RunHistory]:
         """One run's, with all that was asked for before."""

@@ -144,17 +144,6 @@ def read(connection: sa.Connection, run_id: str | None = None) -> dict[str, RunH
     return histories if run_id is None else {run_id: histories[run_id]}
 
 
-def run_ids(connection: sa.Connection) -> list[str]:
-    """Each table as far as it can be read."""
-    found: set[str] = set()
-    for table in (ENTRIES, RESULTS, SNAPSHOTS):
-        try:
-            found.update(connection.execute(sa.select(table.c.run_id).distinct()).scalars())
-        except sa.exc.DatabaseError:
-            _log.error("the journal's table %s cannot be read to its end", table.name)
-    return sorted(found)
-
-
 def _take_in(histories: dict[str, RunHistory], kind: type[Any], row: Any) -> None:
     record = kind(**{name: getattr(row, name) for name in kind.__dataclass_fields__})
     history = histories[record.run_id]
