@@ -20,6 +20,7 @@ from twinkle_serve.testing.server import running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "bench"
+BEHIND_HAPROXY = {"http": {"proxy": "haproxy"}}
 # A rank that spins while it waits would take the core that its clients need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

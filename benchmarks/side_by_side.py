@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.clients import Clients, clients_of
 from benchmarks.measure import Budget, TreeClock, in_turn, ratio
 from benchmarks.peers import twinkle
-from benchmarks.services import MODEL, our_server
+from benchmarks.services import BEHIND_HAPROXY, MODEL, our_server
 from benchmarks.table import Rows
 from twinkle_serve.testing.models import build_tiny_qwen3_moe
 
@@ -44,7 +44,7 @@ def run(rows: Rows, budget: Budget, models: Path) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as name,
         twinkle.running_twinkle(python, model, Path(name)) as (their_url, their_clock),
-        our_server(model) as ours,
+        our_server(model, settings=BEHIND_HAPROXY) as ours,
         clients_of(
             their_url, twinkle.MODEL, log=Path(name) / "client", python=str(python), twinkle=True
         ) as their_clients,

@@ -2,21 +2,20 @@
 
 The bare arm is our own engine in this process, stepped in a loop; the other arm is the unmodified SDK in a
 second process, through HTTP, Ray Serve and the coordinator, to the same engine with the same batches. Both
-take their turns in one run.
+take their turns in one run, first with Serve's own proxy in front, then with HAProxy.
 """
 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import haproxy
 from benchmarks.clients import ClientError, Clients, clients_of
 from benchmarks.engine import MICROBATCH_TOKENS, Tenants
 from benchmarks.measure import Budget, in_turn, quantile, ratio
@@ -30,7 +29,18 @@ from twinkle_serve.testing.models import build_tiny_qwen3_moe
 SIZES = (256, 512, 4096)
 TARGETS = {512: ">= 0.5", 4096: ">= 0.85"}
 DEPTHS = {"one at a time": 0, "pair sent together": 1, "pipelined": 3}
-ADDED_MS = "<= 20"
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """setting: of ``http.proxy``. added_ms: what an operation may add to its compute behind it."""
+
+    setting: str
+    name: str
+    added_ms: str
+
+
+PROXIES = (Proxy("serve", "Serve's own proxy", "<= 20"), Proxy("haproxy", "HAProxy", "<= 10"))
 
 
 class Bare:
@@ -73,33 +83,44 @@ class Bare:
 def run(rows: Rows, budget: Budget, models: Path) -> None:
     directory = build_tiny_qwen3_moe(models, vocab_size=350)
     bare = Bare(directory)
+    for proxy in PROXIES:
+        try:
+            behind(rows, budget, directory, bare, proxy)
+        except (ClientError, RuntimeError) as error:
+            last = str(error).strip().splitlines()[-1]
+            rows.skip(f"the rest behind {proxy.name}", f"does not run here: {last}"[:300])
+
+
+def behind(rows: Rows, budget: Budget, directory: Path, bare: Bare, proxy: Proxy) -> None:
+    """Everything with one proxy in front."""
+    settings = {"http": {"proxy": proxy.setting}}
     with (
-        our_server(directory) as server,
+        our_server(directory, settings=settings) as server,
         clients_of(server.url, MODEL, log=server.scratch / "client") as clients,
     ):
         clients.open(1)
-        warm = 2 if budget.quick else 20
-        clients.train([0], tokens=512, depth=2, steps=warm)
-        throughput(rows, budget, bare, clients, server)
-        added_latency(rows, budget, bare, clients, "Serve's own proxy", ADDED_MS)
-        births(rows, budget, clients)
-    with_haproxy(rows, budget, directory, bare)
+        clients.train([0], tokens=512, depth=2, steps=2 if budget.quick else 20)
+        throughput(rows, budget, bare, clients, server, proxy)
+        added_latency(rows, budget, bare, clients, proxy)
+        births(rows, budget, clients, proxy)
 
 
-def throughput(rows: Rows, budget: Budget, bare: Bare, clients: Clients, server: Service) -> None:
+def throughput(
+    rows: Rows, budget: Budget, bare: Bare, clients: Clients, server: Service, proxy: Proxy
+) -> None:
     """Tokens a second through everything, over the bare loop's."""
     for tokens in SIZES:
         count = 2 if budget.quick else max(4, 8192 // tokens)
         arms: dict[str, Callable[[], Any]] = {"bare": lambda t=tokens, n=count: bare.steps(t, n)}
         for name, depth in DEPTHS.items():
             arms[name] = lambda t=tokens, n=count, d=depth: _through(clients, server, t, n, d)
-        # Rounds are short: a part of the time for each size, two thirds of the part in all.
-        seconds = 0 if budget.quick else budget.share(0.2)
+        # Rounds are short: a part of the time for each size and proxy, two thirds of the part in all.
+        seconds = 0 if budget.quick else budget.share(0.1)
         found = in_turn(arms, rounds=2 if budget.quick else 60, seconds=seconds, min_rounds=1)
         for name in DEPTHS:
             speeds = [each["tokens_per_s"] for each in found[name]]
             rows.add(
-                f"{tokens} tokens a step, {name}: tokens/s over the bare loop",
+                f"{tokens} tokens a step, {name}, {proxy.name}: tokens/s over the bare loop",
                 ratio(speeds, found["bare"]),
                 target=TARGETS.get(tokens, "") if name == "pipelined" else "",
                 cpu={
@@ -125,24 +146,22 @@ def _through(clients: Clients, server: Service, tokens: int, count: int, depth: 
     }
 
 
-def added_latency(
-    rows: Rows, budget: Budget, bare: Bare, clients: Clients, proxy: str, target: str, seconds: float = 0.2
-) -> None:
+def added_latency(rows: Rows, budget: Budget, bare: Bare, clients: Clients, proxy: Proxy) -> None:
     """What each operation takes the client longer than the engine computes, one at a time, at 512 tokens."""
     count = 3 if budget.quick else 15
     arms: dict[str, Callable[[], Any]] = {
         "bare": lambda: bare.operations(512, count),
         "service": lambda: clients.train([0], tokens=512, depth=0, steps=count)["tenants"][0],
     }
-    found = in_turn(arms, rounds=1 if budget.quick else 40, seconds=budget.share(seconds), min_rounds=1)
+    found = in_turn(arms, rounds=1 if budget.quick else 40, seconds=budget.share(0.1), min_rounds=1)
     for name in ("forward_backward", "optim_step"):
         computing = statistics.median(each[name] for each in found["bare"])
         waiting = [1000 * (second - computing) for each in found["service"] for second in each[name]]
         rows.add(
-            f"{name} adds to its compute, p50, {proxy}",
+            f"{name} adds to its compute, p50, {proxy.name}",
             quantile(waiting, 0.5),
             "ms",
-            target,
+            proxy.added_ms,
             detail={
                 "compute p50 ms": 1000 * computing,
                 "added p90 ms": quantile(waiting, 0.9),
@@ -152,31 +171,12 @@ def added_latency(
         )
 
 
-def with_haproxy(rows: Rows, budget: Budget, directory: Path, bare: Bare) -> None:
-    """The same latency with HAProxy in the place of Serve's own proxy; a row says so if it does not run
-    here."""
-    proxy = "HAProxy"
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        try:
-            variables = haproxy.environment(Path(name))
-            with (
-                our_server(directory, environment=variables) as server,
-                clients_of(server.url, MODEL, log=server.scratch / "client") as clients,
-            ):
-                clients.open(1)
-                clients.train([0], tokens=512, depth=2, steps=2 if budget.quick else 20)
-                added_latency(rows, budget, bare, clients, proxy, "<= 10", seconds=0.1)
-        except (haproxy.NoHaproxy, ClientError, RuntimeError) as error:
-            last = str(error).strip().splitlines()[-1]
-            rows.skip(f"an operation adds to its compute, p50, {proxy}", f"does not run here: {last}"[:300])
-
-
-def births(rows: Rows, budget: Budget, clients: Clients) -> None:
+def births(rows: Rows, budget: Budget, clients: Clients, proxy: Proxy) -> None:
     """create_model on a server that is warm, as long as the client waits for it."""
     count = 3 if budget.quick else 20
     taken = [1000 * seconds for seconds in clients.more([0], count)]
     rows.add(
-        "create_model, warm, p50",
+        f"create_model, warm, p50, {proxy.name}",
         quantile(taken, 0.5),
         "ms",
         "<= 200",

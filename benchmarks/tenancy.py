@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.clients import Clients, clients_of
 from benchmarks.measure import Budget, in_turn, jain, ratio, worst_deviation
-from benchmarks.services import MODEL, Service, our_server
+from benchmarks.services import BEHIND_HAPROXY, MODEL, Service, our_server
 from benchmarks.table import Rows
 from twinkle_serve.gateway.identity import OpenIdentity
 from twinkle_serve.testing.models import build_tiny_qwen3_moe
@@ -37,8 +37,9 @@ def sharing(rows: Rows, budget: Budget, directory: Path) -> None:
     """Server CPU per step, and fairness, as tenants become more; each sends a step when its last is
     answered."""
     counts = (1, 2) if budget.quick else COUNTS
+    room = {"max_resident_adapters": max(counts)}
     with (
-        our_server(directory, model={"max_resident_adapters": max(counts)}) as server,
+        our_server(directory, model=room, settings=BEHIND_HAPROXY) as server,
         clients_of(server.url, MODEL, log=server.scratch / "client") as clients,
     ):
         clients.open(max(counts))

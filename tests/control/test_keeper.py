@@ -196,6 +196,24 @@ async def test_a_silent_session_frees_its_slots_and_comes_back():
 
 
 @virtual
+async def test_a_run_that_nobody_trained_is_written_only_when_it_has_to_go():
+    store = Store(snapshot_every_s=1.0)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await asyncio.sleep(10)
+        assert not store.journal.rows[run].snapshots
+    group = EchoGroup()
+    async with store.opened(group) as plane:
+        client = again(client, plane)
+        assert await client.do(run, 1, pass_command("a")) == ("create", "a")
+        idle = await (await Client(plane).open()).create()
+        await asyncio.sleep(620)  # nobody has sent a heartbeat
+        assert store.journal.rows[idle].snapshots
+        assert group.slots == [None, None]
+
+
+@virtual
 async def test_an_unloaded_run_leaves_its_results_and_nothing_else():
     store = Store(snapshot_every_steps=1)
     async with store.opened() as plane:

@@ -169,6 +169,10 @@ class Keeper:
         if isinstance(entry.command, RestoreCommand):
             return
         kept.done.append(entry.seq_id)
+        if isinstance(entry.command, BirthCommand) and entry.command.path is None:
+            # Doing it again costs no more than reading a snapshot, and a thousand runs that nobody has
+            # trained yet would all be written to disk, one by one.
+            return
         self._work[run.group][run.run_id] += 1 + num_tokens(entry.command)
         if kept.dirty_since is None and entry.seq_id > kept.covered:
             kept.dirty_since = self.books.clock.now()
@@ -303,6 +307,8 @@ class Keeper:
         kept = self.kept.get(run.run_id)
         if kept is not None and run.down is None and not kept.is_restoring:
             kept.is_parking = kept.is_urgent = True
+            if kept.dirty_since is None and kept.executed > kept.covered:
+                kept.dirty_since = self.books.clock.now()
             self._park_if_clean(kept)
 
     def _park_if_clean(self, kept: Kept) -> None:
