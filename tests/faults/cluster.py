@@ -81,10 +81,11 @@ class Cluster:
         switches = {key: SWITCHES[key] for key in SWITCHES if key != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
         return {**os.environ, **switches, **own, "RAY_memory_monitor_refresh_ms": "0"}
 
-    def add_node(self) -> Node:
-        """The first one is the head."""
+    def add_node(self, num_cpus: int = 2) -> Node:
+        """The first one is the head. Ranks are only where there is a CPU."""
         scratch = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))
-        options = ["--block", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--temp-dir={scratch}"]
+        options = ["--block", "--node-ip-address=127.0.0.1", f"--temp-dir={scratch}"]
+        options += [f"--num-cpus={num_cpus}"]
         options += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"]
         if self.nodes:
             options += [f"--address=127.0.0.1:{self.head_port}"]
@@ -144,10 +145,10 @@ class Cluster:
 
 
 @contextmanager
-def two_nodes(root: Path) -> Iterator[Cluster]:
+def two_nodes(root: Path, head_cpus: int = 2) -> Iterator[Cluster]:
     cluster = Cluster(root)
     try:
-        cluster.add_node()
+        cluster.add_node(head_cpus)
         cluster.add_node()
         yield cluster
     finally:

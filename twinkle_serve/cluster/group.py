@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from twinkle_serve.cluster.objects import brought_here
 from twinkle_serve.cluster.watch import until_stalled
 from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker, is_short
 from twinkle_serve.config import ModelConfig, MonitoringConfig
@@ -83,6 +84,7 @@ class RayGroup:
         self._workers: list[Any] = []
         self._placement: PlacementGroup | None = None
         self._info: ModelInfo | None = None
+        self._speaker_is_away = False
         self._ready = False
 
     @property
@@ -140,6 +142,8 @@ class RayGroup:
             places = [RankPlace(rank, config.ranks, address, timeout_s) for rank in range(config.ranks)]
         loading = [worker.load.remote(place) for worker, place in zip(self._workers, places, strict=True)]
         infos: list[ModelInfo] = await asyncio.gather(*loading)
+        node_id = await self._workers[0].node.remote()
+        self._speaker_is_away = node_id != ray.get_runtime_context().get_node_id()
         return infos[0]
 
     async def rebuild(self) -> ModelInfo:
@@ -230,6 +234,10 @@ class RayGroup:
                         return item
         return first
 
+    async def _kept(self, reference: Any) -> Any:
+        """A result that nobody fetches may be asked for when the node it was computed on is long gone."""
+        return await brought_here(reference) if self._speaker_is_away else reference
+
     async def _follow(self, rank: int, worker: Any, tick: Tick, items: asyncio.Queue[_Item]) -> None:
         """Put one rank's outcomes into ``items``, then a _Finished, or a _Lost if it dies or raises."""
         try:
@@ -241,7 +249,7 @@ class RayGroup:
                 async for reference in stream:
                     item = await reference
                     if isinstance(item, Outcome) and isinstance(item.value, NextItem):
-                        item = dataclasses.replace(item, value=await anext(stream))
+                        item = dataclasses.replace(item, value=await self._kept(await anext(stream)))
                     items.put_nowait(item)
             items.put_nowait(_Finished(rank))
         except RayError as error:

@@ -5,6 +5,7 @@ Knows ObjectRefs. Does not know what is in a result or who asks.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
@@ -21,3 +22,9 @@ async def resolve(value: Any) -> Any:
         return await value
     except RayError:
         raise BackendUnavailable("the result is lost with its owner; ask again") from None
+
+
+async def brought_here(reference: Any) -> Any:
+    """The same result in the object store of this node. Raises RayError."""
+    # Not only read: a mere copy is not kept when room is short. The write takes its time and so has a thread.
+    return await asyncio.to_thread(ray.put, await reference)
