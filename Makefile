@@ -10,12 +10,13 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo docs lint test test-2rank test-faults bench bench-quick peers bench-engine bench-sampling bench-sharding test-sharding bench-flood bench-durability cookbook modelscope clean
+.PHONY: help venv demo docs lint test test-2rank test-haproxy test-faults bench bench-quick peers bench-engine bench-sampling bench-sharding test-sharding bench-flood bench-durability cookbook modelscope clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
 	@echo "make test              lint, types and every test"
 	@echo "make test-2rank        the end-to-end tests against two ranks that share the models (minutes)"
+	@echo "make test-haproxy      the same behind HAProxy in the place of Serve's own proxy (minutes)"
 	@echo "make test-faults       the long form: 50,000 random schedules, 52 cases of kills, a cluster of two nodes (over an hour)"
 	@echo "make bench             every figure of benchmarks/README.md, with plots (20 minutes; peers once: 2 GB more)"
 	@echo "make bench-quick       only shows that each part of it works (minutes)"
@@ -91,6 +92,9 @@ test-faults: $(STAMP)
 
 test-2rank: $(STAMP)
 	TWINKLE_DEPLOYMENT=deployments/local-2rank.yaml $(BIN)/python -m pytest tests/e2e --durations=10
+
+test-haproxy: $(STAMP)
+	TWINKLE_PROXY=haproxy $(BIN)/python -m pytest tests/e2e --durations=10
 
 bench-flood: $(STAMP)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m benchmarks.flood
