@@ -26,11 +26,19 @@ class Timing:
     cpu: float
 
 
-def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run all arms ``rounds`` times in turn, so that a busy moment of the machine hits each alike."""
+def interleave(
+    arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: bool = False
+) -> dict[str, Timing]:
+    """Run all arms ``rounds`` times in turn, so that a busy moment of the machine hits each alike.
+
+    settle: each runs once before it is timed. It then finds caches and allocator as it leaves them itself,
+    not as the arm before it did, which is always the same one.
+    """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for turn in range(warmup + rounds):
         for name, arm in arms.items():
+            if settle:
+                arm()
             wall, cpu = time.perf_counter(), time.process_time()
             arm()
             if turn >= warmup:

@@ -120,7 +120,7 @@ def _measure_one(
         "deterministic": lambda: tenants.step(slots, batches, deterministic=True),
         "peft": lambda: [bare(batch) for batch in batches],
     }
-    times = interleave(arms, rounds=7 if tokens * count <= 4096 else 3)
+    times = interleave(arms, rounds=5 if tokens * count <= 4096 else 2, warmup=0, settle=True)
     batched, alone, peft = times["batched"], times["one by one"], times["peft"]
     aim = BATCHED_TARGETS.get((tokens, count), ">= 1.0" if count > 1 else "")
     report.row(f"{label}, batched over one by one", alone.cpu / batched.cpu, aim, timings=times)

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Report, Timing
-from twinkle_serve.config import ModelConfig, SamplerConfig
 from twinkle_serve.control.microbatches import Load, pack
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.model_config import ModelConfig, SamplerConfig
 from twinkle_serve.protocol.data import (
     AdamParams,
     Column,

@@ -9,15 +9,15 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from twinkle_serve.strict import Strict
 
 _Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 
-class LossTerms(BaseModel):
+class LossTerms(Strict):
     """What a loss is called and reads: the ``loss.json`` beside its ``loss.py``."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
     name: _Name = Field(description="what clients pass as loss_fn")
     description: str = Field("", max_length=500)
@@ -36,9 +36,7 @@ class WhitelistedLoss(LossTerms):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its loss.json and loss.py")
 
 
-class LossesConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
+class LossesConfig(Strict):
     custom_loss_server_side: bool = Field(
         True, description="SDK 0.38 and newer upload traced losses, which then run here, not in the client"
     )

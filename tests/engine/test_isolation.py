@@ -14,8 +14,8 @@ from tests.engine.conftest import EngineFactory
 from tests.engine.programs import Machine, ProgramTicks, Trace, alone, random_program
 from tests.engine.sampling import drain, trained
 from tests.engine.ticks import make_sample
-from twinkle_serve.config import SamplerConfig
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import ForwardResult, LoraSpec, SampleResult
 
 HOST_BYTES = 4 * 2**20

@@ -12,8 +12,8 @@ import torch
 from tests.engine import reference
 from tests.engine.conftest import EngineFactory
 from tests.engine.ticks import VOCAB_SIZE, create, make_sample, run, sample, snapshot, tensors, value
-from twinkle_serve.config import SamplerConfig
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec, SampleResult, TopK
 
 PROMPT = np.random.default_rng(3).integers(0, VOCAB_SIZE, 41).tolist()

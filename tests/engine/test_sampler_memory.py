@@ -22,9 +22,9 @@ from tests.engine.ticks import (
     snapshot,
     value,
 )
-from twinkle_serve.config import SamplerConfig
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import AdapterRef, Outcome, Sample, Tick, TickReport
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from twinkle_serve.config import SamplerConfig
 from twinkle_serve.engine.adapter_pool import PoolFull
 from twinkle_serve.engine.base_model import BaseModel
 from twinkle_serve.engine.draw import StopRule, UniformStream, draw_tokens
@@ -29,6 +28,7 @@ from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sample_pass import SamplePass
 from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
 from twinkle_serve.engine.text import TokenText
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample
 from twinkle_serve.storage.checkpoints import CheckpointError
 

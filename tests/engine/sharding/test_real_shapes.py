@@ -20,8 +20,8 @@ from tests.engine.sharding.compare import passes
 from tests.engine.sharding.conftest import sharded
 from tests.engine.sharding.test_random import long
 from tests.engine.ticks import ADAM, make_sample, random_batch
-from twinkle_serve.config import ModelConfig, SamplerConfig
 from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.model_config import ModelConfig, SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import CreateAdapter, OptimStep, Outcome, SaveAdapter, Tick
 from twinkle_serve.testing.crew import crew

@@ -13,7 +13,7 @@ from tests.engine.sharding.conftest import BothFactory
 from tests.engine.sharding.test_saving import on_crew
 from tests.engine.sharding.test_training import SPECS, ways, work
 from tests.engine.ticks import make_sample
-from twinkle_serve.config import SamplerConfig
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import (
     AdapterRef,

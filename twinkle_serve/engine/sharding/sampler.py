@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from twinkle_serve.config import SamplerConfig
 from twinkle_serve.engine.adapter_pool import Pooled, PoolFull
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import BaseModel
@@ -28,6 +27,7 @@ from twinkle_serve.engine.sampler import Sampler, refusal
 from twinkle_serve.engine.sequences import Sequence
 from twinkle_serve.engine.sharding.ranks import RankLost
 from twinkle_serve.engine.slots import Adapter
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.work import AdapterRef, Outcome, Progress, Sample
 from twinkle_serve.storage.checkpoints import CheckpointError
 
