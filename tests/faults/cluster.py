@@ -29,6 +29,19 @@ from twinkle_serve.testing.server import free_port
 
 BIN = Path(sys.executable).parent
 READY_S = 240.0
+CROWD = """
+import numpy, ray, sys
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+(head,) = (node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+
+@ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False))
+def fill():
+    return len([ray.put(numpy.ones(5 << 20, numpy.uint8)) for _ in range(60)])
+
+ray.get(fill.remote())
+"""
 
 
 @dataclass
@@ -108,6 +121,11 @@ class Cluster:
             time.sleep(0.2)
         self.nodes.append(Node(process, scratch))
         return self.nodes[-1]
+
+    def crowd_the_head(self) -> None:
+        """Put more into its object store than that holds: what nobody needs to be there is gone then."""
+        command = [sys.executable, "-c", CROWD, f"127.0.0.1:{self.head_port}"]
+        subprocess.run(command, env=self.environment, check=True, timeout=READY_S)
 
     def deploy(self, tree: dict[str, Any]) -> None:
         """``serve deploy``, again and again until the head answers."""

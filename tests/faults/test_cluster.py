@@ -94,6 +94,7 @@ def test_a_large_result_that_nobody_fetched_outlives_the_node_it_was_computed_on
             step = {"model_id": run_id, "seq_id": 2, "adam_params": {"learning_rate": 1e-3}}
             _result(http, _post(http, "optim_step", step))
             assert [len(pids) for pids in _ranks(cluster)] == [0, 1]
+            cluster.crowd_the_head()
             cluster.add_node()
             cluster.nodes[1].kill()
             outputs = _result(http, passes)["loss_fn_outputs"]
@@ -141,8 +142,9 @@ def _pass(run_id: str, texts: list[list[int]]) -> dict[str, Any]:
 def _result(http: httpx.Client, request_id: str) -> dict[str, Any]:
     """The first answer that is not "ask again"."""
     body = {"request_id": request_id}
+    deadline = time.monotonic() + READY_S
     while (answer := http.post("/api/v1/retrieve_future", json=body)).status_code == 408:
-        pass
+        assert time.monotonic() < deadline, answer.text
     assert answer.status_code == 200, answer.text
     value: dict[str, Any] = answer.json()
     return value
