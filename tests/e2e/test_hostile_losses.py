@@ -65,7 +65,7 @@ UPLOADS: list[tuple[list[Json], str]] = [
     ([call("out", "torch.ones", [2**20, 2**20])], "elements"),
     ([method("out", "expand", X, 2**40, -1)], "elements"),
     ([method("out", "repeat", X, 2**53)], "elements"),
-    ([call("out", "torch.arange", 0, 1, 1e-300)], "infinity"),
+    ([call("out", "torch.arange", 0, 1, 1e-300)], "over 2^53 elements"),
     ([HUGE, call("out", "torch.arange", ref("huge"))], "plain numbers"),
     ([HUGE, call("out", "operator.mul", [1, 2, 3], ref("huge"))], "tensors or numbers"),
     ([call("out", "torch.zeros", 2**40, 0)], "elements"),
@@ -76,8 +76,9 @@ UPLOADS: list[tuple[list[Json], str]] = [
     ([call("out", "torch.zeros", 2**60)], "beyond 2^53"),
     ([call("out", "torch.zeros", "4")], "the text '4'"),
     ([call("out", "torch.zeros", 4.5)], "whole numbers"),
-    ([call("out", "torch.diff", X, 2**50, -1, X, X)], "elements|has no gradient|does not"),
+    ([call("out", "torch.diff", X, 2**50, -1, X, X)], "must return a scalar"),
     ([*SMALLEST, call("out", "torch.div", ref("smallest"), -1, rounding_mode="trunc")], "'floor'"),
+    ([method("r", "repeat", X, 3000), call("out", "torch.argsort", ref("r"))], "elements"),
     # Shape and length of the graph itself.
     ([call("out", "torch.exp", [[[[[[[[[[1]]]]]]]]]])], "nested deeper"),
     ([call("out", "torch.exp", ref("later"))], "no earlier node"),
@@ -85,7 +86,7 @@ UPLOADS: list[tuple[list[Json], str]] = [
     ([method("unused", "exp", X)], "no earlier node"),
     # Values that are no loss.
     ([call("out", "torch.outer", X, X)], "must return a scalar"),
-    ([call("out", "torch.mm", X, X)], "matrices expected"),
+    ([call("out", "torch.mm", X, X)], "must be a matrix"),
     ([call("out", "torch.full", [], 1.0)], "does not depend on logprobs"),
     ([call("fl", "torch.floor_divide", X, 2.0), method("out", "sum", ref("fl"))], "has no gradient"),
     ([call("out", "operator.pow", 2**53, 64)], "2^53"),
@@ -93,13 +94,20 @@ UPLOADS: list[tuple[list[Json], str]] = [
 ]  # fmt: skip
 
 LARGE = method("large", "mul", X, -1e30)
-MANY = method("many", "repeat", X, 3000)
-SORTED = [MANY, call("sorted", "torch.sort", ref("many")), call("v", "getattr", ref("sorted"), "values")]
+MANY = call("many", "torch.ones", 40_000)
 ON_DATA: list[tuple[list[Json], str]] = [
     ([call("i", "operator.getitem", X, 20), method("out", "square", ref("i"))], "index 20 is out of bounds"),
     ([method("l", "log", X), method("out", "sum", ref("l"))], "not finite"),
     ([LARGE, call("e", "torch.exp", ref("large")), method("out", "sum", ref("e"))], "not finite"),
-    ([*SORTED, method("out", "sum", ref("v"))], "elements"),
+    (
+        [
+            MANY,
+            method("s", "sum", ref("many")),
+            method("t", "sum", X),
+            call("out", "operator.add", ref("s"), ref("t")),
+        ],
+        "40000 elements",
+    ),
 ]
 
 
@@ -185,7 +193,7 @@ def test_they_are_refused_by_name_and_leave_no_trace(server: RunningServer, clie
     for nodes, words in UPLOADS:
         answer = client.upload(nodes)
         assert answer.get("category") == "user", (nodes, answer)
-        assert any(each in answer["error"] for each in words.split("|")), (nodes, answer)
+        assert words in answer["error"], (nodes, answer)
         assert len(answer["error"]) < 1000
     after = ranks(server)
     assert after.keys() == before.keys(), "a rank died"

@@ -30,7 +30,7 @@ def run(
     record_property: Callable[[str, object], None],
 ) -> Run:
     """In this process: each would spend most of its time on importing the SDK anew. The curves are in the
-    report (``--junitxml``), from where examples/README.md has its figures."""
+    report (``--junitxml FILE -o junit_family=xunit1``), from where examples/README.md has its figures."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
 

@@ -13,7 +13,8 @@ import pytest
 from twinkle_serve.testing.cache import build_once
 from twinkle_serve.testing.server import RunningServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+EPOCHS = 16
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "modelscope"
 NEEDS_KITS = pytest.mark.skipif(
     "TWINKLE_KITS" not in os.environ, reason="make modelscope downloads both kits (1 GB)"
@@ -34,16 +35,18 @@ def kit(root: Path, version: str, tinker: str) -> Path:
     return build_once(root, f"kit-{version}-{tinker}", install) / "bin" / "python"
 
 
-def learn(python: str | Path, program: str, server: RunningServer, model: Path, key: str) -> tuple[str, str]:
-    """The answers before and after."""
+def learn(python: str | Path, program: str, server: RunningServer, model: Path, key: str) -> None:
+    """Before, the answer to "Who are you?" is anything; afterwards it is the new name."""
     environment = {
         "TWINKLE_SERVER_URL": server.url,
         "TWINKLE_SERVER_TOKEN": key,
         "TWINKLE_MODEL": "llama",
         "TWINKLE_TOKENIZER": str(model),
         "TWINKLE_DATA": str(EXAMPLES.parent / "data" / "self_cognition.jsonl"),
+        # The model is tiny and random: it needs larger steps, and more of them.
         "TWINKLE_ROWS": "8",
-        "TWINKLE_LEARNING_RATE": "1e-2",  # the model is tiny and random
+        "TWINKLE_EPOCHS": str(EPOCHS),
+        "TWINKLE_LEARNING_RATE": "1e-2",
         "TINKER_TELEMETRY": "0",
     }
     done = subprocess.run(
@@ -55,11 +58,13 @@ def learn(python: str | Path, program: str, server: RunningServer, model: Path, 
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = dict(line.split(": ", 1) for line in done.stdout.splitlines() if re.match("before|after", line))
-    for epoch in range(3):
+    for epoch in range(EPOCHS):
         assert f"/weights/twinkle-lora-{epoch}\n" in done.stdout
     losses = [float(each) for each in re.findall(r"loss of the last batch ([\d.]+)", done.stdout)]
     assert losses[2] < losses[1] < losses[0]
-    return found["before"], found["after"]
+    assert losses[-1] < losses[0] / 3
+    assert "Twinkle" not in found["before"]
+    assert "I am Twinkle" in found["after"]
 
 
 @NEEDS_KITS
@@ -69,10 +74,8 @@ def test_the_real_client_changes_the_answer(
     server: RunningServer, models_root: Path, tiny_llama: Path, version: str, tinker: str
 ) -> None:
     python = kit(models_root, version, tinker)
-    before, after = learn(python, "self_cognition_twinkle.py", server, tiny_llama, "any key, of any spelling")
-    assert before != after
+    learn(python, "self_cognition_twinkle.py", server, tiny_llama, "any key, of any spelling")
 
 
 def test_the_newest_sdk_does_the_same(server: RunningServer, tiny_llama: Path) -> None:
-    before, after = learn(sys.executable, "self_cognition_tinker.py", server, tiny_llama, "tml-any")
-    assert before != after
+    learn(sys.executable, "self_cognition_tinker.py", server, tiny_llama, "tml-any")

@@ -196,8 +196,9 @@ def _compute(node: Node, values: Mapping[str, Any], room: int) -> tuple[int, Any
 
 def _require_room(size: int, room: int) -> None:
     if size > room:
+        shown = size if size <= _MAX_NUMBER else "over 2^53"
         raise UserError(
-            f"its result may take as much as {size} elements, and {room} are left for this datum: all nodes "
+            f"its result may take as much as {shown} elements, and {room} are left for this datum: all nodes "
             f"together have {FREE_ELEMENTS} + {ELEMENTS_PER_LOGPROB} for each logprob, at most {MAX_ELEMENTS}"
         )
 
