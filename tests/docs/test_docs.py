@@ -15,7 +15,10 @@ from mkdocs.config import load_config as load_mkdocs_config
 from pydantic import BaseModel
 
 from twinkle_serve.config import Config
+from twinkle_serve.control.custom_losses import PER_TENANT
 from twinkle_serve.control.metrics import METRICS
+from twinkle_serve.engine import graph_loss
+from twinkle_serve.protocol import loss_graph
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -105,6 +108,56 @@ def test_commands_exist(document: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for target in re.findall(r"`make ([a-z-]+)`", document.read_text()):
         assert target in targets, f"make {target} in {document.name}"
+
+
+def test_the_chinese_readme_says_what_the_english_one_does() -> None:
+    """Section by section the same programs, settings, files and links. What was measured, and with which
+    settings, stands in the English one only."""
+    english, chinese = (sections_of(ROOT / name) for name in ("README.md", "README.zh.md"))
+    assert len(english) == len(chinese)
+    for own, other in zip(english, chinese, strict=True):
+        title = own.splitlines()[0]
+        assert programs_in(own) == programs_in(other), title
+        if title != MEASURED:
+            assert settings_in(own) == settings_in(other), title
+            assert targets_in(own) <= targets_in(other), title
+
+
+MEASURED = "Many tenants in one pass"
+
+
+def sections_of(document: Path) -> list[str]:
+    return re.split(r"^## ", document.read_text(), flags=re.M)
+
+
+def programs_in(text: str) -> list[str]:
+    """The blocks of code, without what is said in them."""
+    blocks = re.findall(r"^```.*?^```", text, re.S | re.M)
+    return [re.sub(r" +# .*$", "", block, flags=re.M) for block in blocks]
+
+
+def settings_in(text: str) -> set[str]:
+    """Everything in backticks that looks like a setting or a call."""
+    return set(
+        re.findall(r"`([a-z_]+(?:[._][a-z0-9_]+)+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    )
+
+
+def targets_in(text: str) -> set[str]:
+    """What is linked, and each `make` target that is named."""
+    links = set(re.findall(r"\]\((?!https:)([^)\s#]+)", text))
+    return {link for link in links if "results/" not in link} | set(re.findall(r"`(make [a-z-]+)`", text))
+
+
+def test_the_limits_of_uploaded_losses_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "losses.md").read_text()
+    for limit in (loss_graph.MAX_NODES, loss_graph.MAX_INPUTS, loss_graph.MAX_METRICS, PER_TENANT):
+        assert f" {limit}" in text
+    for limit in (
+        *(loss_graph.MAX_TEXT_BYTES, loss_graph.MAX_NODE_RUNS),
+        *(graph_loss.MAX_ELEMENTS, graph_loss.FREE_ELEMENTS, graph_loss.ELEMENTS_PER_LOGPROB),
+    ):
+        assert f"{limit:,}" in text
 
 
 def test_every_page_is_in_the_menu() -> None:
