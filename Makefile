@@ -18,7 +18,7 @@ help:
 	@echo "make test-2rank        the end-to-end tests against two ranks that share the models (minutes)"
 	@echo "make test-haproxy      the same behind HAProxy in the place of Serve's own proxy (minutes)"
 	@echo "make test-faults       the long form: 50,000 random schedules, 52 cases of kills, a cluster of two nodes (over an hour)"
-	@echo "make bench             every figure of benchmarks/README.md, with plots (20 minutes; peers once: 2 GB more)"
+	@echo "make bench             every figure of benchmarks/README.md, with plots (20 minutes; peers once: 4 GB more)"
 	@echo "make bench-quick       only shows that each part of it works (minutes)"
 	@echo "make bench-engine      many tenants in one pass beside one after another, and adapter paging"
 	@echo "make bench-sampling    tokens a second beside transformers.generate"
@@ -61,6 +61,7 @@ test: lint
 peers: $(STAMP)
 	@echo "== other servers to compare with (.peers)"
 	-$(BIN)/python -m benchmarks.peers.twinkle
+	-$(BIN)/python -m benchmarks.peers.skyrl
 
 bench: peers
 	$(BIN)/python -W ignore -m benchmarks.suite

@@ -1,20 +1,25 @@
-"""Part ``twinkle``: the same program on the same model against Twinkle 0.5.1 and against us, in turn.
+"""Parts ``twinkle`` and ``skyrl``: the same program on the same model against another server and against us,
+in turn.
 
-Both clients run Twinkle's environment, so the SDK (0.16.1, the newest that it works with) is the same.
-SkyRL's server is not run: a row has what was recorded of it.
+Both clients run in the peer's environment, so the SDK is the same. Knows what is compared. Does not know how
+a peer is installed, configured or started.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.clients import Clients, clients_of
 from benchmarks.measure import Budget, TreeClock, in_turn, ratio
-from benchmarks.peers import twinkle
+from benchmarks.peers import skyrl, twinkle
+from benchmarks.peers.environment import NotInstallable, NotStarted, build_model
 from benchmarks.services import BEHIND_HAPROXY, MODEL, our_server
 from benchmarks.table import Rows
 from twinkle_serve.testing.models import build_tiny_qwen3_moe
@@ -22,93 +27,170 @@ from twinkle_serve.testing.models import build_tiny_qwen3_moe
 COUNTS = (1, 4, 8)
 TOKENS = 512
 TARGET = ">= 5"
-_WHAT = "Twinkle 0.5.1"
-
-
+_SHARE = 0.12  # of the part's time: for a row, and for warming up before it
 _RECORDED = (
-    "not run here; recorded on this model, 512 tokens a step, two idle cores: p50 of a step 0.46 s, "
+    "recorded on this model, 512 tokens a step, two idle cores: p50 of a step 0.46 s, "
     "1,128 tokens/s with one client and 1,851 with eight, "
     "server CPU a step 436, 440, 440 ms at 1, 4, 8 tenants"
 )
 
 
-def run(rows: Rows, budget: Budget, models: Path) -> None:
-    rows.skip("SkyRL's tinker server", _RECORDED)
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A server with its client program. alone, many: steps of a round with one operation or step at a time,
+    and with steps in flight."""
+
+    clients: Clients
+    clock: TreeClock
+    alone: int
+    many: int
+
+    def measured(self, count: int, steps: int, depth: int) -> dict[str, Any]:
+        used = self.clock.seconds()
+        answer = self.clients.train(range(count), tokens=TOKENS, depth=depth, steps=steps)
+        return {
+            "step": [second for tenant in answer["tenants"] for second in tenant["step"]],
+            "tokens_per_s": TOKENS * steps * count / answer["wall"],
+            "cpu": (self.clock.seconds() - used) / (steps * count),
+        }
+
+
+Sides = Mapping[str, Side]  # the peer, by the name of the part, and "ours"
+
+
+def run_twinkle(rows: Rows, budget: Budget, models: Path) -> None:
+    what = "Twinkle 0.5.1"
     try:
-        python = twinkle.installed()
-    except twinkle.NotInstallable as why:
-        rows.skip(f"{_WHAT}, latency and throughput at 1, 4, 8 clients", str(why))
+        python = twinkle.ENVIRONMENT.installed()
+    except NotInstallable as why:
+        rows.skip(f"{what}, latency and throughput at 1, 4, 8 clients", str(why))
         return
-    tokenizer = build_tiny_qwen3_moe(models, vocab_size=350)
-    model = twinkle.build_model(python, tokenizer, models / "bench-both")
+    model = _model(python, models)
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as name,
-        twinkle.running_twinkle(python, model, Path(name)) as (their_url, their_clock),
-        our_server(model, settings=BEHIND_HAPROXY) as ours,
+        twinkle.running_twinkle(python, model, Path(name)) as (url, clock),
         clients_of(
-            their_url, twinkle.MODEL, log=Path(name) / "client", python=str(python), twinkle=True
-        ) as their_clients,
-        clients_of(ours.url, MODEL, log=ours.scratch / "client", python=str(python)) as our_clients,
+            url, twinkle.MODEL, log=Path(name) / "client", python=str(python), twinkle=True
+        ) as clients,
+        _ours(python, model, budget) as ours,
     ):
-        sides = {"twinkle": (their_clients, their_clock), "ours": (our_clients, ours.clock)}
-        most = 2 if budget.quick else max(COUNTS)
-        for clients, _ in sides.values():
-            clients.open(most)
-            clients.train(range(most), tokens=TOKENS, depth=1, steps=2)
-        latency(rows, budget, sides)
-        throughput(rows, budget, sides, [n for n in COUNTS if n <= most])
+        few = 2 if budget.quick else 4
+        compare(rows, budget, what, {"twinkle": Side(clients, clock, 2, few), "ours": ours})
 
 
-def latency(rows: Rows, budget: Budget, sides: dict[str, tuple[Clients, TreeClock]]) -> None:
-    """One client. depth 0 awaits forward_backward before it sends optim_step; depth 1 sends both first."""
+def run_skyrl(rows: Rows, budget: Budget, models: Path) -> None:
+    what = f"SkyRL ({skyrl.ENVIRONMENT.release})"
+    unknown = f"{what}, latency and throughput at 1, 4, 8 clients"
+    try:
+        python = skyrl.ENVIRONMENT.installed()
+    except NotInstallable as why:
+        rows.skip(unknown, f"{why}; {_RECORDED}")
+        return
+    model = _model(python, models)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-") as name,
+            skyrl.running_skyrl(python, model, Path(name)) as (url, clock),
+            clients_of(url, str(model.resolve()), log=Path(name) / "client", python=str(python)) as clients,
+            _ours(python, model, budget) as ours,
+        ):
+            few = 2 if budget.quick else 4
+            compare(rows, budget, what, {"skyrl": Side(clients, clock, 2, few), "ours": ours}, compiles=True)
+    except NotStarted:
+        rows.skip(unknown, f"it did not start; {_RECORDED}")
+        raise
+
+
+def compare(rows: Rows, budget: Budget, what: str, sides: Sides, *, compiles: bool = False) -> None:
+    """compiles: the peer compiles for each shape of batch that it meets."""
+    most = 2 if budget.quick else max(COUNTS)
+    for side in sides.values():
+        side.clients.open(most)
+        side.clients.train(range(most), tokens=TOKENS, depth=1, steps=2)
+    theirs = next(iter(sides.values())) if compiles else None
     for name, depth in (("one operation at a time", 0), ("both sent, then awaited", 1)):
-        steps = {"twinkle": 2, "ours": 2 if budget.quick else 10}
-        arms: dict[str, Callable[[], Any]] = {
-            side: lambda c=clients, k=clock, n=steps[side], d=depth: _measured(c, k, 1, n, d)
-            for side, (clients, clock) in sides.items()
-        }
-        found = in_turn(arms, rounds=1 if budget.quick else 8, seconds=budget.share(0.12), min_rounds=1)
-        waits = {side: [s for each in of for s in each["step"]] for side, of in found.items()}
-        rows.add(
-            f"{_WHAT}: its time for a step over ours, p50, one client, {name}",
-            ratio(waits["twinkle"], waits["ours"]),
-            target=TARGET,
-            cpu={
-                f"{side} s/step": statistics.median(each["cpu"] for each in of) for side, of in found.items()
-            },
-            detail={f"{side} p50 s": statistics.median(times) for side, times in waits.items()}
-            | {f"{side} steps": len(times) for side, times in waits.items()},
-        )
+        detail = warm_up(theirs, 1, depth, budget) if theirs else {}
+        row = f"{what}: its time for a step over ours, p50, one client, {name}"
+        latency(rows, budget, row, sides, depth, detail)
+    for count in COUNTS:
+        if count <= most:
+            detail = warm_up(theirs, count, 2, budget) if theirs else {}
+            throughput(rows, budget, what, sides, count, detail)
+
+
+def warm_up(side: Side, count: int, depth: int, budget: Budget) -> dict[str, Any]:
+    """Rounds until they are steady or their time is over; what a row's detail says of it."""
+    until = time.monotonic() + budget.share(_SHARE)
+    speeds: list[float] = []
+    while not steady(speeds) and time.monotonic() < until:
+        speeds.append(side.measured(count, side.alone, depth)["tokens_per_s"])
+    return {"rounds to warm up": len(speeds), "steady after them": steady(speeds)}
+
+
+def steady(speeds: Sequence[float]) -> bool:
+    """Whether the last three were near the best. A round with a compilation is many times slower; three in a
+    row that all have one would be taken for steady."""
+    return len(speeds) >= 3 and min(speeds[-3:]) > 0.6 * max(speeds)
+
+
+def latency(
+    rows: Rows, budget: Budget, what: str, sides: Sides, depth: int, detail: Mapping[str, Any]
+) -> None:
+    """One client. depth 0 awaits forward_backward before it sends optim_step; depth 1 sends both first."""
+    arms: dict[str, Callable[[], Any]] = {
+        name: lambda side=side: side.measured(1, side.alone, depth) for name, side in sides.items()
+    }
+    found = in_turn(arms, rounds=1 if budget.quick else 8, seconds=budget.share(_SHARE), min_rounds=1)
+    waits = {name: [s for each in of for s in each["step"]] for name, of in found.items()}
+    theirs, ours = waits.values()
+    rows.add(
+        what,
+        ratio(theirs, ours),
+        target=TARGET,
+        cpu=_cpu_of(found),
+        detail={f"{name} p50 s": statistics.median(times) for name, times in waits.items()}
+        | {f"{name} steps": len(times) for name, times in waits.items()}
+        | detail,
+    )
 
 
 def throughput(
-    rows: Rows, budget: Budget, sides: dict[str, tuple[Clients, TreeClock]], counts: list[int]
+    rows: Rows, budget: Budget, what: str, sides: Sides, count: int, detail: Mapping[str, Any]
 ) -> None:
     """Each client keeps two steps in flight."""
-    for count in counts:
-        steps = {"twinkle": 2 if budget.quick else 4, "ours": 2 if budget.quick else 12}
-        arms: dict[str, Callable[[], Any]] = {
-            side: lambda c=clients, k=clock, n=steps[side], m=count: _measured(c, k, m, n, 2)
-            for side, (clients, clock) in sides.items()
-        }
-        found = in_turn(arms, rounds=1 if budget.quick else 6, seconds=budget.share(0.12), min_rounds=1)
-        speeds = {side: [each["tokens_per_s"] for each in of] for side, of in found.items()}
-        rows.add(
-            f"tokens/s over {_WHAT}'s, {count} clients at once",
-            ratio(speeds["ours"], speeds["twinkle"]),
-            target=TARGET if count in (1, 8) else "",
-            cpu={
-                f"{side} s/step": statistics.median(each["cpu"] for each in of) for side, of in found.items()
-            },
-            detail={f"{side} tokens/s": statistics.median(of) for side, of in speeds.items()},
-        )
-
-
-def _measured(clients: Clients, clock: TreeClock, count: int, steps: int, depth: int) -> dict[str, Any]:
-    used = clock.seconds()
-    answer = clients.train(range(count), tokens=TOKENS, depth=depth, steps=steps)
-    return {
-        "step": [second for tenant in answer["tenants"] for second in tenant["step"]],
-        "tokens_per_s": TOKENS * steps * count / answer["wall"],
-        "cpu": (clock.seconds() - used) / (steps * count),
+    arms: dict[str, Callable[[], Any]] = {
+        name: lambda side=side: side.measured(count, side.many, 2) for name, side in sides.items()
     }
+    found = in_turn(arms, rounds=1 if budget.quick else 6, seconds=budget.share(_SHARE), min_rounds=1)
+    speeds = {name: [each["tokens_per_s"] for each in of] for name, of in found.items()}
+    used = _cpu_of(found)
+    theirs, ours = speeds
+    rows.add(
+        f"tokens/s over {what}'s, {count} clients at once",
+        ratio(speeds[ours], speeds[theirs]),
+        target=TARGET if count in (1, 8) else "",
+        cpu=used,
+        detail={f"{name} tokens/s": statistics.median(of) for name, of in speeds.items()} | detail,
+    )
+    rows.add(
+        f"{what}: its server CPU a step over ours, {count} clients at once",
+        used[f"{theirs} s/step"] / used[f"{ours} s/step"],
+        cpu=used,
+    )
+
+
+def _cpu_of(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    return {f"{name} s/step": statistics.median(each["cpu"] for each in of) for name, of in found.items()}
+
+
+def _model(python: Path, models: Path) -> Path:
+    return build_model(python, build_tiny_qwen3_moe(models, vocab_size=350), models / "bench-both")
+
+
+@contextmanager
+def _ours(python: Path, model: Path, budget: Budget) -> Iterator[Side]:
+    with (
+        our_server(model, settings=BEHIND_HAPROXY) as server,
+        clients_of(server.url, MODEL, log=server.scratch / "client", python=str(python)) as clients,
+    ):
+        yield Side(clients, server.clock, *((2, 2) if budget.quick else (10, 12)))

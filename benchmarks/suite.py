@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 PARTS = {
     "tax": 170.0,
     "twinkle": 190.0,
+    "skyrl": 120.0,
     "tenancy": 170.0,
     "control": 130.0,
     "sweep": 150.0,
@@ -38,6 +39,7 @@ _PATIENCE = 1.5
 _START_S = 120.0
 MODULES = {name: f"benchmarks.{name}" for name in PARTS} | {
     "twinkle": "benchmarks.side_by_side",
+    "skyrl": "benchmarks.side_by_side",
     "control": "benchmarks.control_plane",
     "engine": "benchmarks.others",
     "sampling": "benchmarks.others",
