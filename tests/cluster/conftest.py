@@ -14,7 +14,9 @@ from twinkle_serve.config import ModelConfig
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     root = str(Path(__file__).parents[2])  # for workers to find tests.cluster
-    os.environ |= {"RAY_memory_monitor_refresh_ms": "0", "PYTHONPATH": root}
+    # As private_ray has it: at Ray's own niceness of 15 a busy machine starves the ranks.
+    switches = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "0"}
+    os.environ |= {"PYTHONPATH": root, **switches}
     import ray
 
     ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
