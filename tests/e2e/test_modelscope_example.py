@@ -14,7 +14,7 @@ from twinkle_serve.testing.cache import build_once
 from twinkle_serve.testing.server import RunningServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-EPOCHS = 16
+EPOCHS = 40
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "modelscope"
 NEEDS_KITS = pytest.mark.skipif(
     "TWINKLE_KITS" not in os.environ, reason="make modelscope downloads both kits (1 GB)"
@@ -35,8 +35,8 @@ def kit(root: Path, version: str, tinker: str) -> Path:
     return build_once(root, f"kit-{version}-{tinker}", install) / "bin" / "python"
 
 
-def learn(python: str | Path, program: str, server: RunningServer, model: Path, key: str) -> None:
-    """Before, the answer to "Who are you?" is anything; afterwards it is the new name."""
+def learn(python: str | Path, program: str, server: RunningServer, model: Path, key: str) -> str:
+    """The answer to "Who are you?" afterwards, which begins as in the data; before, it is anything."""
     environment = {
         "TWINKLE_SERVER_URL": server.url,
         "TWINKLE_SERVER_TOKEN": key,
@@ -63,8 +63,9 @@ def learn(python: str | Path, program: str, server: RunningServer, model: Path, 
     losses = [float(each) for each in re.findall(r"loss of the last batch ([\d.]+)", done.stdout)]
     assert losses[2] < losses[1] < losses[0]
     assert losses[-1] < losses[0] / 3
-    assert "Twinkle" not in found["before"]
-    assert "I am Twinkle" in found["after"]
+    assert not found["before"].startswith("I am")
+    assert found["after"].startswith("I am")
+    return found["after"]
 
 
 @NEEDS_KITS
@@ -78,4 +79,5 @@ def test_the_real_client_changes_the_answer(
 
 
 def test_the_newest_sdk_does_the_same(server: RunningServer, tiny_llama: Path) -> None:
-    learn(sys.executable, "self_cognition_tinker.py", server, tiny_llama, "tml-any")
+    after = learn(sys.executable, "self_cognition_tinker.py", server, tiny_llama, "tml-any")
+    assert after.startswith("I am Twinkle")
