@@ -7,7 +7,9 @@ Knows clocks, /proc and arithmetic. Does not know what an arm does.
 from __future__ import annotations
 
 import os
+import signal
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +133,16 @@ def name_of(pid: int) -> str:
     if "default_worker.py" in line:
         return "ray worker"
     return Path(line.split("\0")[0]).name
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and all that it started; some leave children behind when they are asked to stop."""
+    for pid in tree_of(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
 
 
 class TreeClock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import Budget, tree_of
+from benchmarks.measure import Budget, end_tree
 from benchmarks.table import Row, Rows, read_rows, write
 
 HERE = Path(__file__).parent
@@ -105,23 +104,13 @@ def _in_own_process(part: str, options: argparse.Namespace, path: Path) -> list[
         late = False
     except subprocess.TimeoutExpired:
         code, late = 1, True
-        _end(process)
+        end_tree(process)
     found = read_rows(path)
     if code:
         why = f"ended after {limit:.0f} s" if late else f"its process ended with {code}"
         found.append(Row(part, f"the rest of {part}", None, failed=True, note=why))
         print(f"  {part}: {why}")
     return found
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The part's process and everything that it started."""
-    for pid in tree_of(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
 
 
 def _parser() -> argparse.ArgumentParser:

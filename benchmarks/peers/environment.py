@@ -5,17 +5,13 @@ Knows pip, stamps and logs. Does not know any peer.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from benchmarks.measure import tree_of
 
 _STAMP = "ready-for-cpu"
 # The same shape as testing.models.build_tiny_qwen3_moe, written by the older release of transformers that
@@ -136,13 +132,3 @@ def wait_for(words: str, log: Path, process: subprocess.Popen[bytes], *, who: st
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise NotStarted(f"{who} did not start:\n{tail}")
         time.sleep(0.3)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """With all its children; peers leave some behind when asked to stop."""
-    for pid in tree_of(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.measure import TreeClock
-from benchmarks.peers.environment import Environment, end, start, wait_for
+from benchmarks.measure import TreeClock, end_tree
+from benchmarks.peers.environment import Environment, start, wait_for
 from twinkle_serve.testing.server import free_port
 
 # Its extra "jax" would bring CUDA's libraries; these are what that one and "tinker" ask for on a CPU.
@@ -61,7 +61,7 @@ def running_skyrl(python: Path, model: Path, scratch: Path) -> Iterator[tuple[st
             wait_for(words, scratch / "server.log", process, who="SkyRL")
         yield f"http://127.0.0.1:{port}", TreeClock(process.pid)
     finally:
-        end(process)
+        end_tree(process)
 
 
 def _options(model: Path, scratch: Path, port: int) -> list[str]:

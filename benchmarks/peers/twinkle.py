@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import TreeClock
-from benchmarks.peers.environment import Environment, NotInstallable, end, start, wait_for
+from benchmarks.measure import TreeClock, end_tree
+from benchmarks.peers.environment import Environment, NotInstallable, start, wait_for
 from twinkle_serve.testing.server import free_port
 
 MODEL = "bench/tiny-moe"
@@ -79,7 +79,7 @@ def running_twinkle(python: Path, model: Path, scratch: Path) -> Iterator[tuple[
         yield f"http://127.0.0.1:{port}", TreeClock(started[0].pid)
     finally:
         for process in reversed(started):
-            end(process)
+            end_tree(process)
 
 
 def _ray_options(port: int) -> list[str]:

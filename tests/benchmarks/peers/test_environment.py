@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import cpu_of
+from benchmarks.measure import cpu_of, end_tree
 from benchmarks.peers import environment
-from benchmarks.peers.environment import Environment, NotInstallable, NotStarted, end, start, wait_for
+from benchmarks.peers.environment import Environment, NotInstallable, NotStarted, start, wait_for
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_server_is_ended_with_its_children(tmp_path):
     process = start(["sh", "-c", "sleep 1000 & echo child $!.; wait"], log, os.environ)
     wait_for(".", log, process, who="peer")
     child = int(log.read_text().split()[1].rstrip("."))
-    end(process)
+    end_tree(process)
     assert process.returncode == -9
     while cpu_of([child]) and " Z " not in Path(f"/proc/{child}/stat").read_text():
         time.sleep(0.01)  # it was killed; this ends, or the test's own deadline comes
