@@ -110,12 +110,12 @@ def throughput(
 ) -> None:
     """Tokens a second through everything, over the bare loop's."""
     for tokens in SIZES:
-        count = 2 if budget.quick else max(4, 8192 // tokens)
+        count = 2 if budget.quick else max(4, 4096 // tokens)
         arms: dict[str, Callable[[], Any]] = {"bare": lambda t=tokens, n=count: bare.steps(t, n)}
         for name, depth in DEPTHS.items():
             arms[name] = lambda t=tokens, n=count, d=depth: _through(clients, server, t, n, d)
         # Rounds are short: a part of the time for each size and proxy, two thirds of the part in all.
-        seconds = 0 if budget.quick else budget.share(0.1)
+        seconds = 0 if budget.quick else budget.share(0.12)
         found = in_turn(arms, rounds=2 if budget.quick else 60, seconds=seconds, min_rounds=1)
         for name in DEPTHS:
             speeds = [each["tokens_per_s"] for each in found[name]]
