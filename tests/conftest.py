@@ -5,8 +5,10 @@ Importing this imports no torch; a model's builder does, when a test asks for th
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,13 @@ def free_port() -> Callable[[], int]:
     from twinkle_serve.testing.server import free_port
 
     return free_port
+
+
+@pytest.fixture
+def no_stray_sockets() -> Iterator[None]:
+    """For tests with the SDK's client in this process: it leaves sockets to the garbage collector, whose
+    warnings would otherwise hit whichever test runs then."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()

@@ -3,11 +3,9 @@ loss can be used afterwards."""
 
 from __future__ import annotations
 
-import gc
 import random
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from tests.faults.conftest import TRAP_S, Server, new_server, running
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.usefixtures("no_stray_sockets"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -29,14 +28,6 @@ pytestmark = [
 __all__ = ["new_server"]  # a fixture
 PLACE = "in backward"
 STEPS, STRUCK = 4, 1
-
-
-@pytest.fixture(autouse=True)
-def _no_stray_sockets() -> Iterator[None]:
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
 
 
 def preferred(

@@ -3,8 +3,6 @@ same numbers; and a hostile upload leaves no trace."""
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from twinkle_serve.config import Config
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("no_stray_sockets"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -45,14 +44,6 @@ def urls(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     with serving(config(True)) as here, serving(config(False)) as there:
         yield {True: here, False: there}
-
-
-@pytest.fixture(autouse=True)
-def _no_stray_sockets() -> Iterator[None]:
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
 
 
 def datums(ranks: dict[str, Any]) -> list[types.Datum]:
