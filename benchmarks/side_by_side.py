@@ -118,7 +118,8 @@ def compare(rows: Rows, budget: Budget, what: str, sides: Sides, *, compiles: bo
 
 
 def open_clients(sides: Sides, count: int) -> None:
-    """As many as are missing. They make two steps before any that counts: the first ones load and allocate."""
+    """As many as are missing. They make two steps before any that counts: the first ones load and
+    allocate."""
     for side in sides.values():
         if side.open < count:
             side.clients.open(count - side.open)
