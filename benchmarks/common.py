@@ -58,14 +58,21 @@ class Report:
         print(f"== {name} (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)", flush=True)
 
     def row(
-        self, what: str, ratio: float, target: str = "", timings: Mapping[str, Timing] | None = None
+        self,
+        what: str,
+        ratio: float,
+        target: str = "",
+        timings: Mapping[str, Timing] | None = None,
+        why: str = "",
     ) -> None:
-        """One figure: a ratio measured in this run, beside what it should reach and what it came from."""
+        """One figure: a ratio measured in this run, beside what it should reach and what it came from. why:
+        what stands in the way of the target."""
         row: dict[str, Any] = {"what": what, "ratio": ratio, "target": target, "load": os.getloadavg()[0]}
+        row["why"] = why
         row["timings"] = {name: asdict(timing) for name, timing in (timings or {}).items()}
         self._rows.append(row)
         aim = f"  (target {target})" if target else ""
-        print(f"{what:<64} {ratio:6.2f}{aim}", flush=True)
+        print(f"{what:<64} {ratio:6.2f}{aim}  {why}".rstrip(), flush=True)
 
     def write(self) -> Path:
         RESULTS.mkdir(exist_ok=True)

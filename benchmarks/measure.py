@@ -14,10 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Found = TypeVar("Found")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# The parts of our server, by a word in the name of their processes.
+_KINDS = {
+    "ServeReplica": "replicas",
+    "ProxyActor": "proxy",
+    "haproxy": "proxy",
+    "Coordinator": "coordinator",
+    "RankWorker": "rank",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,17 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(above) / statistics.median(below)
 
 
+def typical(found: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+    """The median of each part of a mapping that all rounds have."""
+    return {part: statistics.median(each[key][part] for each in found) for part in found[0][key]}
+
+
+def in_ms(seconds: Mapping[str, float]) -> str:
+    """ "rank 12, proxy 3 ms": the largest first, what rounds to nothing left out."""
+    parts = sorted(((1000 * used, name.partition(" s/")[0]) for name, used in seconds.items()), reverse=True)
+    return ", ".join(f"{name} {used:.0f}" for used, name in parts if used >= 0.5) + " ms"
+
+
 def tree_of(pid: int) -> set[int]:
     """``pid`` and all processes below it."""
     children: dict[int, list[int]] = {}
@@ -166,6 +185,17 @@ class TreeClock:
             name = name_of(pid)
             sums[name] = sums.get(name, 0.0) + used
         return sums
+
+    def by_part(self) -> dict[str, float]:
+        """So far, by what the process is for; Ray's own processes and ours that are small are "others"."""
+        sums = dict.fromkeys([*dict.fromkeys(_KINDS.values()), "others"], 0.0)
+        for name, used in self.by_name().items():
+            sums[next((kind for word, kind in _KINDS.items() if word in name), "others")] += used
+        return sums
+
+    def since(self, before: Mapping[str, float], steps: int) -> dict[str, float]:
+        """CPU seconds of each part for one of ``steps`` since ``by_part`` said ``before``."""
+        return {part: (now - before[part]) / steps for part, now in self.by_part().items()}
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -26,11 +26,16 @@ class AsReport:
         self._rows = rows
 
     def row(
-        self, what: str, ratio: float, target: str = "", timings: Mapping[str, Timing] | None = None
+        self,
+        what: str,
+        ratio: float,
+        target: str = "",
+        timings: Mapping[str, Timing] | None = None,
+        why: str = "",
     ) -> None:
         cpu = {f"{name} s": timing.cpu for name, timing in (timings or {}).items()}
         detail: dict[str, Any] = {name: asdict(timing) for name, timing in (timings or {}).items()}
-        self._rows.add(what, ratio, target=target, cpu=cpu, detail=detail)
+        self._rows.add(what, ratio, target=target, why=why, cpu=cpu, detail=detail)
 
 
 def run_engine(rows: Rows, budget: Budget, models: Path) -> None:

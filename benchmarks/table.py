@@ -67,7 +67,19 @@ class Rows:
         self.found: list[Row] = []
         self._path = path
 
-    def add(self, what: str, value: float | None, unit: str = "x", target: str = "", **rest: Any) -> None:
+    def add(
+        self,
+        what: str,
+        value: float | None,
+        unit: str = "x",
+        target: str = "",
+        *,
+        why: str = "",
+        **rest: Any,
+    ) -> None:
+        """why: what stands in the way, for a row that misses its target."""
+        if why and value is not None and target and not reaches(value, target):
+            rest["note"] = why
         row = Row(self.part, what, value, unit, target, load=round(os.getloadavg()[0], 2), **rest)
         self.found.append(row)
         print(line_of(row), flush=True)

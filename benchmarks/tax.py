@@ -10,7 +10,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 
 from benchmarks.clients import ClientError, Clients, clients_of
 from benchmarks.engine import MICROBATCH_TOKENS, Tenants
-from benchmarks.measure import Budget, in_turn, quantile, ratio
+from benchmarks.measure import Budget, in_ms, in_turn, quantile, ratio, typical
 from benchmarks.services import MODEL, Service, our_server
 from benchmarks.table import Rows
 from twinkle_serve.control.microbatches import Load, pack
@@ -101,7 +103,7 @@ def behind(rows: Rows, budget: Budget, directory: Path, bare: Bare, proxy: Proxy
         clients.open(1)
         clients.train([0], tokens=512, depth=2, steps=2 if budget.quick else 20)
         throughput(rows, budget, bare, clients, server, proxy)
-        added_latency(rows, budget, bare, clients, proxy)
+        added_latency(rows, budget, bare, clients, server, proxy)
         births(rows, budget, clients, proxy)
 
 
@@ -117,16 +119,16 @@ def throughput(
         # Rounds are short: a part of the time for each size and proxy, two thirds of the part in all.
         seconds = 0 if budget.quick else budget.share(0.12)
         found = in_turn(arms, rounds=2 if budget.quick else 60, seconds=seconds, min_rounds=1)
+        computing = 1000 * tokens / statistics.median(found["bare"])
         for name in DEPTHS:
             speeds = [each["tokens_per_s"] for each in found[name]]
+            cpu = {f"{part} s/step": seconds for part, seconds in typical(found[name], "cpu").items()}
             rows.add(
                 f"{tokens} tokens a step, {name}, {proxy.name}: tokens/s over the bare loop",
                 ratio(speeds, found["bare"]),
                 target=TARGETS.get(tokens, "") if name == "pipelined" else "",
-                cpu={
-                    "server s/step": statistics.median(each["server"] for each in found[name]),
-                    "client s/step": statistics.median(each["client"] for each in found[name]),
-                },
+                why=f"the engine computes for {computing:.0f} ms a step; CPU on two cores: {in_ms(cpu)}",
+                cpu=cpu,
                 detail={
                     "service tokens/s": statistics.median(speeds),
                     "bare tokens/s": statistics.median(found["bare"]),
@@ -135,25 +137,31 @@ def throughput(
             )
 
 
-def _through(clients: Clients, server: Service, tokens: int, count: int, depth: int) -> dict[str, float]:
-    used = server.clock.seconds()
+def _through(clients: Clients, server: Service, tokens: int, count: int, depth: int) -> dict[str, Any]:
+    before = server.clock.by_part()
     answer = clients.train([0], tokens=tokens, depth=depth, steps=count + 2 * depth)
     steps = answer["tenants"][0]["steps"]
     return {
         "tokens_per_s": tokens * steps / answer["wall"],
-        "server": (server.clock.seconds() - used) / steps,
-        "client": answer["cpu"] / steps,
+        "cpu": server.clock.since(before, steps) | {"client": answer["cpu"] / steps},
     }
 
 
-def added_latency(rows: Rows, budget: Budget, bare: Bare, clients: Clients, proxy: Proxy) -> None:
-    """What each operation takes the client longer than the engine computes, one at a time, at 512 tokens."""
+def added_latency(
+    rows: Rows, budget: Budget, bare: Bare, clients: Clients, server: Service, proxy: Proxy
+) -> None:
+    """What each operation takes the client longer than the engine computes, one at a time, at 512 tokens; and
+    what the emptiest request takes through the same proxy, beside it."""
     count = 3 if budget.quick else 15
     arms: dict[str, Callable[[], Any]] = {
         "bare": lambda: bare.operations(512, count),
-        "service": lambda: clients.train([0], tokens=512, depth=0, steps=count)["tenants"][0],
+        "service": lambda: _operations(clients, server, count),
+        "ping": lambda: pings(server.url, count),
     }
     found = in_turn(arms, rounds=1 if budget.quick else 40, seconds=budget.share(0.1), min_rounds=1)
+    ping = 1000 * statistics.median(second for each in found["ping"] for second in each)
+    rows.add(f"a request that does nothing, p50, {proxy.name}", ping, "ms")
+    cpu = {f"{part} s/step": seconds for part, seconds in typical(found["service"], "cpu").items()}
     for name in ("forward_backward", "optim_step"):
         computing = statistics.median(each[name] for each in found["bare"])
         waiting = [1000 * (second - computing) for each in found["service"] for second in each[name]]
@@ -162,6 +170,9 @@ def added_latency(rows: Rows, budget: Budget, bare: Bare, clients: Clients, prox
             quantile(waiting, 0.5),
             "ms",
             proxy.added_ms,
+            why=f"two requests, where one that does nothing takes {ping:.1f} ms, and a tick between them; "
+            f"CPU of a step, which is two operations: {in_ms(cpu)}",
+            cpu=cpu,
             detail={
                 "compute p50 ms": 1000 * computing,
                 "added p90 ms": quantile(waiting, 0.9),
@@ -169,6 +180,27 @@ def added_latency(rows: Rows, budget: Budget, bare: Bare, clients: Clients, prox
                 "operations": len(waiting),
             },
         )
+
+
+def _operations(clients: Clients, server: Service, count: int) -> dict[str, Any]:
+    before = server.clock.by_part()
+    answer = clients.train([0], tokens=512, depth=0, steps=count)
+    used = server.clock.since(before, count) | {"client": answer["cpu"] / count}
+    return answer["tenants"][0] | {"cpu": used}
+
+
+def pings(url: str, count: int) -> list[float]:
+    """Seconds of each of ``count`` requests for the server's health, over one connection."""
+    taken = []
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=60)) as connection:
+        for _ in range(count):
+            began = time.perf_counter()
+            connection.request("GET", "/api/v1/healthz")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200, answer.status
+            taken.append(time.perf_counter() - began)
+    return taken
 
 
 def births(rows: Rows, budget: Budget, clients: Clients, proxy: Proxy) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clients import Clients, clients_of
-from benchmarks.measure import Budget, in_turn, jain, ratio, worst_deviation
+from benchmarks.measure import Budget, in_ms, in_turn, jain, ratio, typical, worst_deviation
 from benchmarks.services import BEHIND_HAPROXY, MODEL, Service, our_server
 from benchmarks.table import Rows
 from twinkle_serve.gateway.identity import OpenIdentity
@@ -50,13 +50,17 @@ def sharing(rows: Rows, budget: Budget, directory: Path) -> None:
         }
         found = in_turn(arms, rounds=1 if budget.quick else 8, seconds=budget.share(0.35), min_rounds=1)
     alone = [each["cpu"] for each in found["1"]]
+    parts = {count: typical(found[str(count)], "parts") for count in counts}
     for count in counts:
         used = [each["cpu"] for each in found[str(count)]]
         rows.add(
             f"server CPU a step, {count} x {TOKENS} tokens, over one tenant's",
             ratio(used, alone),
             target="<= 0.5" if count == 8 else "",
-            cpu={"server s/step": statistics.median(used)},
+            why=f"CPU of a step of one tenant: {in_ms(parts[1])}; with {count}: {in_ms(parts[count])}; "
+            "each tenant's step is four requests, whatever the others do",
+            cpu={"server s/step": statistics.median(used)}
+            | {f"{part} s/step": seconds for part, seconds in parts[count].items()},
             detail={
                 "tokens/s": statistics.median(each["tokens_per_s"] for each in found[str(count)]),
                 "rounds": len(used),
@@ -70,11 +74,13 @@ def sharing(rows: Rows, budget: Budget, directory: Path) -> None:
 
 
 def _measured(clients: Clients, server: Service, count: int, seconds: float) -> dict[str, Any]:
-    used = server.clock.seconds()
+    before = server.clock.by_part()
     answer = clients.train(range(count), tokens=TOKENS, depth=1, seconds=seconds)
     steps = [tenant["steps"] for tenant in answer["tenants"]]
+    parts = server.clock.since(before, sum(steps))
     return {
-        "cpu": (server.clock.seconds() - used) / sum(steps),
+        "cpu": sum(parts.values()),
+        "parts": parts,
         "steps": steps,
         "tokens_per_s": TOKENS * sum(steps) / answer["wall"],
     }
@@ -143,6 +149,8 @@ def idle_runs(rows: Rows, budget: Budget, directory: Path) -> None:
         f"step time beside {count} idle runs, over none",
         ratio([each["wall"] for each in found["idle runs"]], [each["wall"] for each in found["none"]]),
         target="<= 1.05",
+        why=f"CPU of a step: {in_ms(typical(found['idle runs'], 'parts'))}; beside none: "
+        f"{in_ms(typical(found['none'], 'parts'))}",
         cpu={
             "ratio": ratio(
                 [each["cpu"] for each in found["idle runs"]], [each["cpu"] for each in found["none"]]
@@ -152,10 +160,12 @@ def idle_runs(rows: Rows, budget: Budget, directory: Path) -> None:
     )
 
 
-def _one_step(clients: Clients, server: Service, steps: int) -> dict[str, float]:
-    used = server.clock.seconds()
+def _one_step(clients: Clients, server: Service, steps: int) -> dict[str, Any]:
+    before = server.clock.by_part()
     answer = clients.train([0], tokens=512, depth=1, steps=steps)
+    parts = server.clock.since(before, steps)
     return {
         "wall": statistics.median(answer["tenants"][0]["step"]),
-        "cpu": (server.clock.seconds() - used) / steps,
+        "cpu": sum(parts.values()),
+        "parts": parts,
     }

@@ -13,12 +13,14 @@ from benchmarks.measure import (
     Budget,
     TreeClock,
     cpu_of,
+    in_ms,
     in_turn,
     jain,
     name_of,
     quantile,
     ratio,
     tree_of,
+    typical,
     worst_deviation,
 )
 
@@ -100,7 +102,32 @@ def test_a_tree_has_all_that_a_process_started_and_what_they_used():
         assert clock.seconds() > 0
         assert sum(clock.by_name().values()) == pytest.approx(clock.seconds(), abs=0.1)
         assert all("python" in name_of(pid) for pid in pids)
+        parts = clock.by_part()
+        assert parts == {"replicas": 0, "proxy": 0, "coordinator": 0, "rank": 0, "others": parts["others"]}
+        assert parts["others"] == pytest.approx(clock.seconds(), abs=0.1)
+        assert clock.since(dict.fromkeys(parts, 0.0), 10)["others"] == pytest.approx(
+            clock.seconds() / 10, abs=0.01
+        )
         process.stdin.close()
     assert cpu_of(pids) == {}
     assert name_of(process.pid) == "gone"
     assert os.getpid() not in pids
+
+
+def test_parts_of_a_server_are_told_by_the_titles_of_their_processes(monkeypatch):
+    titles = ["ray::ServeReplica:twinkle:ingress", "ray::ServeReplica:twinkle:ingress.call", "haproxy"]
+    titles += ["ray::ProxyActor", "ray::Coordinator", "ray::RankWorker.run_short_tick", "gcs_server"]
+    monkeypatch.setattr(TreeClock, "by_name", lambda _: dict.fromkeys(titles, 1.0))
+    assert TreeClock(os.getpid()).by_part() == {
+        "replicas": 2.0,
+        "proxy": 2.0,
+        "coordinator": 1.0,
+        "rank": 1.0,
+        "others": 1.0,
+    }
+
+
+def test_parts_in_words_begin_with_the_largest():
+    found = [{"cpu": {"rank": 0.2, "proxy": 0.003}}, {"cpu": {"rank": 0.4, "proxy": 0.001}}]
+    assert typical(found, "cpu") == {"rank": pytest.approx(0.3), "proxy": pytest.approx(0.002)}
+    assert in_ms({"proxy s/step": 0.003, "rank s/step": 0.0121, "others": 0.0004}) == "rank 12, proxy 3 ms"

@@ -43,6 +43,13 @@ def test_rows_are_printed_kept_and_read_again(tmp_path, capsys):
     assert read_rows(tmp_path / "nothing") == []
 
 
+def test_a_row_that_misses_its_target_says_why_and_others_do_not():
+    rows = Rows("tax")
+    for value, target in ((0.9, ">= 0.85"), (0.8, ">= 0.85"), (0.8, "")):
+        rows.add("speed", value, target=target, why="the proxy takes 20 ms")
+    assert [row.note for row in rows.found] == ["", "the proxy takes 20 ms", ""]
+
+
 def test_a_row_cut_short_by_a_kill_does_not_hide_the_others(tmp_path):
     path = tmp_path / "rows.jsonl"
     Rows("tax", path).add("speed", 1.0)
