@@ -212,7 +212,7 @@ def arrivals(draw: random.Random, demand: Demand, tenants: int) -> list[float]:
 
 
 def simulate(
-    costs: Costs, demand: Demand, groups: int, settings: Settings = Settings(), sampled: int = 2
+    costs: Costs, demand: Demand, groups: int, settings: Settings = Settings(), sampled: int = 1
 ) -> dict[str, float]:
     """A day of a cluster. Groups are alike, since a new run is put where fewest live: ``sampled`` of them are
     simulated, each with its part of the tenants."""

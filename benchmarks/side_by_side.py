@@ -95,8 +95,7 @@ def run_skyrl(rows: Rows, budget: Budget, models: Path) -> None:
             clients_of(url, str(model.resolve()), log=Path(name) / "client", python=str(python)) as clients,
             _ours(python, model, budget) as ours,
         ):
-            few = 2 if budget.quick else 4
-            compare(rows, budget, what, {"skyrl": Side(clients, clock, 2, few), "ours": ours}, compiles=True)
+            compare(rows, budget, what, {"skyrl": Side(clients, clock, 2, 2), "ours": ours}, compiles=True)
     except NotStarted:
         rows.skip(unknown, f"it did not start; {_RECORDED}")
         raise

@@ -87,7 +87,7 @@ def run(rows: Rows, budget: Budget, models: Path) -> None:
     bare = Bare(directory)
     for proxy in PROXIES:
         try:
-            behind(rows, budget, directory, bare, proxy)
+            behind(rows, Budget.of(budget.seconds / len(PROXIES), budget.quick), directory, bare, proxy)
         except (ClientError, RuntimeError) as error:
             last = str(error).strip().splitlines()[-1]
             rows.skip(f"the rest behind {proxy.name}", f"does not run here: {last}"[:300])
@@ -112,12 +112,12 @@ def throughput(
 ) -> None:
     """Tokens a second through everything, over the bare loop's."""
     for tokens in SIZES:
-        count = 2 if budget.quick else max(4, 4096 // tokens)
+        count = 2 if budget.quick else max(3, 2048 // tokens)
         arms: dict[str, Callable[[], Any]] = {"bare": lambda t=tokens, n=count: bare.steps(t, n)}
         for name, depth in DEPTHS.items():
             arms[name] = lambda t=tokens, n=count, d=depth: _through(clients, server, t, n, d)
-        # Rounds are short: a part of the time for each size and proxy, two thirds of the part in all.
-        seconds = 0 if budget.quick else budget.share(0.12)
+        # Rounds are short: a part of the time for each size, about two thirds in all.
+        seconds = 0 if budget.quick else budget.share(0.2)
         found = in_turn(arms, rounds=2 if budget.quick else 60, seconds=seconds, min_rounds=1)
         computing = 1000 * tokens / statistics.median(found["bare"])
         for name in DEPTHS:
@@ -158,7 +158,7 @@ def added_latency(
         "service": lambda: _operations(clients, server, count),
         "ping": lambda: pings(server.url, count),
     }
-    found = in_turn(arms, rounds=1 if budget.quick else 40, seconds=budget.share(0.1), min_rounds=1)
+    found = in_turn(arms, rounds=1 if budget.quick else 40, seconds=budget.share(0.15), min_rounds=1)
     ping = 1000 * statistics.median(second for each in found["ping"] for second in each)
     rows.add(f"a request that does nothing, p50, {proxy.name}", ping, "ms")
     cpu = {f"{part} s/step": seconds for part, seconds in typical(found["service"], "cpu").items()}
