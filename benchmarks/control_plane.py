@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clients import Clients, clients_of
-from benchmarks.measure import Budget, quantile
+from benchmarks.measure import Budget, in_turn, quantile
 from benchmarks.null_engine import VOCABULARY
 from benchmarks.services import MODEL, Service, our_server
 from benchmarks.table import Rows
@@ -103,8 +103,13 @@ def backlog(rows: Rows, budget: Budget) -> None:
     """Time to plan one tick while so many requests wait, in two forms: more requests for the same 64 runs,
     and more runs with two requests each."""
     for label, runs_of in (("64 runs", lambda _: 64), ("2 for each run", lambda n: max(1, n // 2))):
+        planners = {count: planner_with(count, min(count, runs_of(count))) for count in BACKLOGS}
+        arms = {str(count): lambda planner=planner: plan(planner) for count, planner in planners.items()}
+        found = in_turn(arms, rounds=30, seconds=60, warmup=0)
+        # The shortest backlog has no work left after a few ticks.
         taken = {
-            count: statistics.median(plan_times(count, min(count, runs_of(count)))) for count in BACKLOGS
+            count: statistics.median(seconds for seconds in found[str(count)] if seconds is not None)
+            for count in BACKLOGS
         }
         rows.add(
             f"planning a tick with {BACKLOGS[-1]:,} requests waiting ({label}), over {BACKLOGS[1]}",
@@ -114,8 +119,8 @@ def backlog(rows: Rows, budget: Budget) -> None:
         )
 
 
-def plan_times(num_requests: int, num_runs: int, ticks: int = 30) -> list[float]:
-    """CPU seconds of planning for each of some ticks, with the runs spread over up to 64 tenants."""
+def planner_with(num_requests: int, num_runs: int) -> Planner:
+    """So many requests wait for runs of up to 64 tenants."""
     planner = Planner(tick_tokens=4096, max_runs=16, company_wait_s=0.0)
     logs: list[CommandLog[RunCommand]] = [CommandLog(300.0) for _ in range(num_runs)]
     numbers = itertools.cycle(range(num_runs))
@@ -128,13 +133,12 @@ def plan_times(num_requests: int, num_runs: int, ticks: int = 30) -> list[float]
         log.append(seq_id, f"{number}:{seq_id}", command, 0.0)
     for number, log in enumerate(logs):
         planner.ready(f"tenant {number % 64}", f"run {number}", log, 0.0)
-    taken = []
-    for tick in range(ticks):
-        began = time.process_time()
-        window = planner.next(float(tick))
-        planner.finished(tick + 0.5)
-        taken.append(time.process_time() - began)
-        if not window.work:
-            taken.pop()
-            break
-    return taken
+    return planner
+
+
+def plan(planner: Planner) -> float | None:
+    """CPU seconds to plan one tick; None if there was nothing to plan."""
+    began = time.process_time()
+    window = planner.next(0.0)
+    planner.finished(0.0)
+    return time.process_time() - began if window.work else None

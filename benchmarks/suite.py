@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 # Seconds that a part plans with; a busy machine may need more, and there is an end to that.
 PARTS = {
     "tax": 180.0,
-    "twinkle": 120.0,
-    "skyrl": 190.0,
+    "twinkle": 110.0,
+    "skyrl": 230.0,
     "tenancy": 120.0,
     "control": 110.0,
     "sweep": 110.0,

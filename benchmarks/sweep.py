@@ -21,7 +21,7 @@ from twinkle_serve.testing.models import build_bench_moe, build_tiny_qwen3_moe
 
 RATES = [1e-5 * 2**power for power in range(8)]
 TOKENS = 256
-STEPS = 12
+STEPS = 10
 JOB = Path(__file__).with_name("peft_job.py")
 
 
