@@ -78,7 +78,10 @@ class AuthConfig(Strict):
 
 
 class StorageConfig(Strict):
-    root: Path = Field(Path("twinkle-data"), description="directory for checkpoints and the catalogue")
+    root: Path = Field(
+        Path("twinkle-data"),
+        description="directory of all that must last: checkpoints, databases, snapshots, secrets",
+    )
     catalog_url: str | None = Field(
         None, description="SQLAlchemy URL of the catalogue; null: SQLite below root"
     )

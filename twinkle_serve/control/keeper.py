@@ -119,11 +119,16 @@ class Keeper:
         now = self.books.clock.now()
         future = self.journal.append(JournalEntry(run.run_id, seq_id, request_id, payload, now, numbered))
         self._writing[request_id] = future
-        future.add_done_callback(lambda _: self._writing.pop(request_id, None))
+        future.add_done_callback(lambda done: self._written(request_id, done))
+
+    def _written(self, request_id: str, future: asyncio.Future[None]) -> None:
+        # One that could not be written stays, so that a client who comes again is not told that it is safe.
+        if not future.cancelled() and future.exception() is None:
+            self._writing.pop(request_id, None)
 
     async def durable(self, request_id: str) -> None:
-        """Returns once the request is on disk. Raises BackendUnavailable if that takes too long: the client
-        comes again with the same seq_id and finds the request it made."""
+        """Returns once the request is on disk. Raises BackendUnavailable if that takes too long or cannot be
+        done: the client comes again with the same seq_id and finds the request it made."""
         future = self._writing.get(request_id)
         if future is None:
             return
@@ -135,6 +140,9 @@ class Keeper:
         except Fenced as error:
             self._fenced()
             raise BackendUnavailable(str(error)) from None
+        except Exception as error:
+            logger.error("request %s is not in the journal: %s", request_id, error)
+            raise BackendUnavailable("the journal cannot hold this request") from None
 
     async def still_ours(self) -> None:
         """Returns unless another coordinator has taken over: then what this one would write or say is not to
@@ -215,8 +223,8 @@ class Keeper:
 
         def failed(failure: Failure) -> None:
             logger.error("run %s is not snapshotted: %s", run_id, failure.message)
-            self.files.remove(name)
             self._not_persisted(kept)
+            self.files.remove(name)
 
         def lost() -> None:
             kept.is_persisting = False

@@ -5,7 +5,6 @@ Knows the JSON of both and their limits. Does not know where spans and curves ar
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -16,6 +15,7 @@ from twinkle_serve.gateway.context import Authenticated, gateway_of
 from twinkle_serve.gateway.http import describes, no_content, reply
 from twinkle_serve.gateway.links import resource_path
 from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.losses import as_finite
 from twinkle_serve.protocol.requests import Lenient, read
 
 router = APIRouter(tags=["insights"])
@@ -40,10 +40,10 @@ class ReportedMetrics(Lenient):
         for name, value in self.metrics.items():
             if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
                 raise UserError(f"metrics: the name {name!r:.80} is not 1 to {MAX_NAME} printable characters")
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value):
+            number = as_finite(value)
+            if number is None:
                 raise UserError(f"metrics.{name} must be a finite number, not {value!r:.80}")
-            found[name] = float(value)
+            found[name] = number
         return found
 
 

@@ -50,6 +50,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         try:
             value = json.loads(body)
+            # A lone surrogate, which this parser lets through, could be stored but never be shown again.
+            json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise MalformedBody(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -18,6 +18,7 @@ from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.graph_batch import assemble_for_graph
 from twinkle_serve.protocol.loss_graph import GRAPH, read_graph
 from twinkle_serve.protocol.losses import UPLOADED, LossSpec, complete_config, find_loss
+from twinkle_serve.protocol.requests import MAX_SEQ_ID
 from twinkle_serve.protocol.tensors import (
     Array,
     WireTensor,
@@ -26,6 +27,8 @@ from twinkle_serve.protocol.tensors import (
     text_tokens_from_json,
     text_tokens_from_proto,
 )
+
+_SEQ_ID_RULE = f"seq_id must be a whole number from 0 to {MAX_SEQ_ID}, got {{}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ def parse_proto(body: bytes) -> ForwardEnvelope:
         config = {key: _config_value(value) for key, value in request.loss_fn_config_v2.items()}
     # proto3 cannot say "absent": the SDK counts from 1 and leaves 0 for callers without an order.
     seq_id = request.seq_id or None
+    if seq_id is not None and seq_id < 0:
+        raise MalformedBody(_SEQ_ID_RULE.format(seq_id))
     return ForwardEnvelope(
         request.model_id, seq_id, request.forward_only, request.loss_fn, config, _ProtoData(request.data)
     )
@@ -121,8 +126,8 @@ def address(body: Mapping[str, Any]) -> tuple[str, int | None]:
     model_id, seq_id = body.get("model_id"), body.get("seq_id")
     if not isinstance(model_id, str) or not model_id:
         raise MalformedBody("model_id is missing")
-    if seq_id is not None and (type(seq_id) is not int or not 0 <= seq_id < 2**63):
-        raise MalformedBody(f"seq_id must be a whole number from 0 to 2^63-1, got {seq_id!r:.40}")
+    if seq_id is not None and (type(seq_id) is not int or not 0 <= seq_id <= MAX_SEQ_ID):
+        raise MalformedBody(_SEQ_ID_RULE.format(f"{seq_id!r:.40}"))
     return model_id, seq_id
 
 

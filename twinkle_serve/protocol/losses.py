@@ -81,6 +81,17 @@ def find_loss(name: object, whitelist: Mapping[str, LossSpec] = _NONE) -> LossSp
     )
 
 
+def as_finite(value: object) -> float | None:
+    """``value`` if it is a finite number; None if it is none, or too large to be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def complete_config(loss: LossSpec, config: Mapping[str, object]) -> dict[str, float]:
     """``config`` checked and completed with the loss's defaults. Raises UserError naming the key."""
     known = ", ".join(loss.config) or "none"
@@ -89,11 +100,12 @@ def complete_config(loss: LossSpec, config: Mapping[str, object]) -> dict[str, f
         where = f"loss_fn_config[{key[:64]!r}]"
         if key not in loss.config:
             raise UserError(f"{where} is unknown to {loss.name}; its settings: {known}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where} must be a finite number, got {value!r}")
-        if value < 0:
-            raise UserError(f"{where} must be at least 0, got {value!r}")
-        values[key] = float(value)
+        number = as_finite(value)
+        if number is None:
+            raise UserError(f"{where} must be a finite number, got {value!r:.80}")
+        if number < 0:
+            raise UserError(f"{where} must be at least 0, got {number}")
+        values[key] = number
     low, high = (values.get(key, 0.0) for key in _THRESHOLDS)
     if low > high:
         raise UserError(f"loss_fn_config: clip_low_threshold {low} is above clip_high_threshold {high}")

@@ -28,9 +28,13 @@ from twinkle_serve.protocol.errors import UserError
 MAX_RANK = 32
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
 MAX_PROJECT_LENGTH = 128
+MAX_SEQ_ID = 2**31 - 1
+"""Of a run's commands. What protobuf requests can hold; the journal adds to it, in 64 bits."""
 
 Metadata = dict[str, Any]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
+# Clients count with these; they become parts of ids, and of names of files.
+Counter = Annotated[int, Field(ge=0, lt=2**63)]
 Model = TypeVar("Model", bound="Lenient")
 
 
@@ -62,7 +66,7 @@ class CreateCustomLoss(Lenient):
     """What name, inputs and graph may be is loss_graph.py's business."""
 
     session_id: str
-    custom_loss_seq_id: int = Field(ge=0, lt=2**63)
+    custom_loss_seq_id: Counter
     name: Any = "loss"
     inputs: Any = None
     graph: Any = None
@@ -103,7 +107,7 @@ class LoraConfig(Lenient):
 
 class CreateModel(Lenient):
     session_id: str
-    model_seq_id: int = Field(ge=0)
+    model_seq_id: Counter
     base_model: str
     user_metadata: Metadata = {}
     lora_config: LoraConfig
@@ -162,7 +166,7 @@ class SaveWeights(Lenient):
 
 
 class SaveForSampler(SaveWeights):
-    sampling_session_seq_id: int | None = Field(None, ge=0)
+    sampling_session_seq_id: Counter | None = None
     kind: str = "snapshot"
 
 
@@ -176,7 +180,7 @@ class LoadWeights(Lenient):
     path: str
     optimizer: bool = False
     session_id: str | None = None
-    model_seq_id: int | None = Field(None, ge=0)
+    model_seq_id: Counter | None = None
     base_model: str | None = None
     user_metadata: Metadata = {}
     optimizer_config: Metadata = {}
@@ -184,7 +188,7 @@ class LoadWeights(Lenient):
 
 class CreateSamplingSession(Lenient):
     session_id: str
-    sampling_session_seq_id: int = Field(ge=0)
+    sampling_session_seq_id: Counter
     base_model: str | None = None
     model_path: str | None = None
 
@@ -198,7 +202,7 @@ class CopyWeights(Lenient):
 
     source_path: str
     session_id: str | None = None
-    model_seq_id: int | None = Field(None, ge=0)
+    model_seq_id: Counter | None = None
     destination_project_id: str | None = Field(None, min_length=1, max_length=MAX_PROJECT_LENGTH)
     ttl_seconds: Ttl | None = None
 
@@ -252,7 +256,7 @@ class RetrieveFutures(Lenient):
     """timeout: None waits as long as the server likes; 0 only says what was retrieved."""
 
     target: SamplesOf
-    prev_cursor: int = Field(0, ge=0)
+    prev_cursor: Counter = 0
     timeout: float | None = Field(None, ge=0)
 
 
@@ -260,7 +264,7 @@ class Addressed(Lenient):
     """What every command of a run begins with; read by protocol.forward.address."""
 
     model_id: str
-    seq_id: int | None = Field(None, ge=0, lt=2**63)
+    seq_id: int | None = Field(None, ge=0, le=MAX_SEQ_ID)
 
 
 class ForwardBackward(Addressed):
@@ -293,8 +297,12 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
 
 
 def as_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata with string values, as listings must show it; other values in their JSON form."""
-    return {
-        str(key): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in metadata.items()
-    }
+    """Metadata with string values, as listings must show it; other values in their JSON form. Raises
+    UserError."""
+    try:
+        return {
+            str(key): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for key, value in metadata.items()
+        }
+    except RecursionError:
+        raise UserError("user_metadata is nested too deeply") from None

@@ -25,6 +25,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     schema.BFLOAT16: np.dtype("<u2"),
 }
 _INDEX: np.dtype[Any] = np.dtype("<i8")
+_NUMBERS = {False: frozenset((int,)), True: frozenset((int, float))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ class WireTensor:
         assert crow is not None
         if width < 1 or col is None:
             raise UserError("is sparse, so it needs a shape [N, K] and column indices")
-        if crow.size != num_rows + 1 or crow[0] != 0 or crow[-1] != col.size or np.any(np.diff(crow) < 0):
+        # Bounds before differences: those of numbers near 2^63 wrap around, and look as if they ascended.
+        within = crow.size == num_rows + 1 and crow.min() >= 0 and crow.max() <= col.size
+        if not within or crow[0] != 0 or crow[-1] != col.size or np.any(np.diff(crow) < 0):
             raise UserError(f"has invalid row pointers for {num_rows} rows and {col.size} columns listed")
         if col.size != self.values.size:
             raise UserError(f"lists {col.size} column indices for {self.values.size} values")
@@ -125,6 +128,9 @@ def numbers(values: Any, allow_float: bool = False) -> Array:
         raise UserError(f"is not a list of {kind}")
     if not values:
         return np.zeros(0, np.float64 if allow_float else np.int64)
+    # Before numpy sees them: one long text among them would make it reserve as much for each.
+    if not _NUMBERS[allow_float].issuperset(map(type, values)):
+        raise UserError(f"is not a flat list of {kind}")
     try:
         array = np.array(values)
     except (ValueError, OverflowError):

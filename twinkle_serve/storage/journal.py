@@ -175,15 +175,20 @@ class Journal:
                     answers = _run(connection, [job for job, _ in jobs])
                     reach("in journal")
                 break
-            except sa.exc.DBAPIError as error:
-                if not isinstance(error, sa.exc.OperationalError) or self._closing:
+            except sa.exc.OperationalError as error:
+                if self._closing:
                     return _resolve(jobs, error=error)
                 if self.stalled is None:
                     _log.error("the journal cannot be written: %s", error.orig)
                 self.stalled = str(error.orig)
                 time.sleep(_RETRY_S)
             except Exception as error:
-                return _resolve(jobs, error=error)
+                if len(jobs) == 1 or isinstance(error, Fenced):
+                    return _resolve(jobs, error=error)
+                # One of them cannot be written; what others asked for must not fail with it.
+                for job in jobs:
+                    self._commit([job])
+                return
         if self.stalled is not None:
             _log.warning("the journal can be written again")
             self.stalled = None
