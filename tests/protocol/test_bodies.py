@@ -55,7 +55,21 @@ def test_nan_is_let_through_for_the_field_to_be_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"[]", b"1", b"null", b"\xff\xfe", b"{" * 10**5, b'{"a":' * 10**5, b"[" * 10**5]
+    "body",
+    [
+        b'{"a": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"a": [{"b": "x\\ud800"}]}',
+        b'{"a": "\xed\xa0\x80"}',
+        b"{",
+        b"[]",
+        b"1",
+        b"null",
+        b"\xff\xfe",
+        b"{" * 10**5,
+        b'{"a":' * 10**5,
+        b"[" * 10**5,
+    ],
 )
 def test_what_is_no_object_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedBody):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tinker import types
 
 from tests.protocol import sdk_bodies as sdk
+from twinkle_serve.protocol import schema
 from twinkle_serve.protocol.batch import DatumLimits
 from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import MalformedBody, UserError
@@ -241,6 +242,10 @@ def test_a_small_body_cannot_become_a_huge_batch() -> None:
         ({"model_id": "m", "seq_id": "1"}, "seq_id must be"),
         ({"model_id": "m", "seq_id": -1}, "seq_id must be"),
         ({"model_id": "m", "seq_id": True}, "seq_id must be"),
+        (
+            {"model_id": "m", "seq_id": 2**31},
+            "seq_id must be a whole number from 0 to 2147483647, got 2147483648",
+        ),
         ({"model_id": "m", "seq_id": 2**63}, "seq_id must be"),
         ({"model_id": "m", "seq_id": 1.0}, "seq_id must be"),
     ],
@@ -248,6 +253,12 @@ def test_a_small_body_cannot_become_a_huge_batch() -> None:
 def test_a_body_without_an_address_is_malformed(body: dict[str, Any], message: str) -> None:
     with pytest.raises(MalformedBody, match=message):
         address(body)
+
+
+def test_a_seq_id_below_zero_is_malformed_in_protobuf_too() -> None:
+    request = schema.ForwardBackwardRequest(model_id="m", seq_id=-1)
+    with pytest.raises(MalformedBody, match="seq_id must be a whole number"):
+        parse_proto(request.SerializeToString())
 
 
 def test_seq_ids_may_be_absent() -> None:

@@ -46,6 +46,8 @@ def test_defaults_complete_a_config() -> None:
         ("ppo", {"clip_low_threshold": math.inf}, "finite"),
         ("ppo", {"clip_low_threshold": "0.5"}, "finite number"),
         ("ppo", {"clip_low_threshold": True}, "finite number"),
+        ("dro", {"beta": 10**400}, "finite number"),
+        ("dro", {"beta": "x" * 10**4}, "finite number, got '.{79}$"),
         ("ppo", {"clip_low_threshold": None}, "finite number"),
         ("ppo", {"clip_low_threshold": -0.1}, "at least 0"),
         ("ppo", {"clip_low_threshold": 1.5}, "clip_low_threshold 1.5 is above clip_high_threshold 1.2"),

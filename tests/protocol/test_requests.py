@@ -115,6 +115,23 @@ def test_only_adamw_can_be_chosen() -> None:
         wire.check_optimizer({"type": "dimuon", "version": 1})
 
 
+@pytest.mark.parametrize("value", [2**63, "1" + "0" * 240, -1])
+def test_counters_fit_names_of_files(value: Any) -> None:
+    fields = {"session_id": "s", "model_seq_id": value, "base_model": "b", "lora_config": {"rank": 1}}
+    with pytest.raises(UserError, match="model_seq_id"):
+        wire.read(wire.CreateModel, fields)
+    with pytest.raises(UserError, match="sampling_session_seq_id"):
+        wire.read(wire.SaveForSampler, {"sampling_session_seq_id": value})
+
+
+def test_metadata_that_is_nested_too_deeply_is_named() -> None:
+    value: Any = 1
+    for _ in range(10**5):
+        value = [value]
+    with pytest.raises(UserError, match="user_metadata"):
+        wire.as_strings({"a": value})
+
+
 def test_metadata_becomes_strings() -> None:
     assert wire.as_strings({"a": "x", "b": 1, "c": None, "d": {"e": ["é"]}}) == {
         "a": "x",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,8 @@ def test_wrong_protobuf_tensors_are_refused(fields: dict[str, Any], message: str
         ({"dtype": "int64", "data": [2**63]}, "64 bits"),
         ({"dtype": "int64", "data": [2**70]}, "whole numbers"),
         ({"dtype": "int64", "data": [True]}, "whole numbers"),
+        ({"dtype": "int64", "data": [1, True]}, "whole numbers"),
+        ({"dtype": "float32", "data": [1.0, "1"]}, "numbers"),
         ({"dtype": "float32", "data": [None]}, "numbers"),
         ({"dtype": "float32", "data": [[1.0], [2.0]]}, "flat list"),
         ({"dtype": "float32", "data": [[1.0], 2.0]}, "flat list"),
@@ -155,6 +158,7 @@ def csr(**changes: Any) -> WireTensor:
         (csr(crow=np.array([1, 1, 2])), "row pointers"),
         (csr(crow=np.array([0, 1, 3])), "row pointers"),
         (csr(crow=np.array([0, 3, 2])), "row pointers"),
+        (csr(crow=np.array([0, -1, 2])), "row pointers"),
         (csr(col=np.array([0, 3])), "outside 0..2"),
         (csr(col=np.array([-1, 2])), "outside 0..2"),
         (csr(values=np.zeros(3)), "2 column indices for 3 values"),
@@ -164,6 +168,28 @@ def csr(**changes: Any) -> WireTensor:
 def test_wrong_shapes_and_indices_are_refused(tensor: WireTensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tensor.as_rows(2, MANY)
+
+
+def test_row_pointers_whose_differences_wrap_around_are_refused() -> None:
+    """Each difference modulo 2^64 is positive, and numpy would write far outside of its memory."""
+    crow = np.array([0, 2**63 - 1, -2, 1])
+    with np.errstate(over="ignore"):
+        assert (np.diff(crow) >= 0).all()
+    tensor = WireTensor(np.array([1]), (3, 2), crow, np.array([0]))
+    with pytest.raises(UserError, match="row pointers"):
+        tensor.as_rows(3, MANY)
+
+
+def test_a_text_among_numbers_is_refused_before_it_takes_memory() -> None:
+    values: list[Any] = ["a" * 10**6, *[0] * 10**4]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="flat list"):
+            tensor_from_json({"dtype": "int64", "data": values})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10**6  # numpy's array of texts would have 40 GB
 
 
 def test_columns_may_come_in_any_order() -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from twinkle_serve.protocol.data import SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.requests import Lenient, Metadata, Seed
-from twinkle_serve.protocol.sample import MAX_STOPS, SampleLimits
+from twinkle_serve.protocol.sample import MAX_STOPS, SampleLimits, check_topk, num_answer_tokens
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the end of the context
 MAX_TOP_LOGPROBS = 20
@@ -94,10 +94,9 @@ class _Request(Lenient):
             stop_token_ids=tuple(limits.eos_token_ids),
             stop_strings=self.stops,
         )
-        top = self.num_logprobs or 0
-        return SampleRequest(
-            np.asarray(prompt, np.int32), params, self.n, topk_sample_logprobs=min(top, limits.vocab_size)
-        )
+        top = min(self.num_logprobs or 0, limits.vocab_size)
+        check_topk("logprobs", top, self.n * num_answer_tokens(params, len(prompt), limits))
+        return SampleRequest(np.asarray(prompt, np.int32), params, self.n, topk_sample_logprobs=top)
 
 
 class Completion(_Request):
@@ -145,10 +144,13 @@ class Message(Lenient):
     role: str
     content: str | list[Metadata] = ""
     name: str | None = None
+    tool_calls: list[Any] = Field(default_factory=list)
 
     def as_dict(self) -> dict[str, str]:
         """For a chat template. Raises UserError."""
         text = self.content
+        if self.tool_calls:
+            raise UserError("messages: tool_calls are not supported")
         if not isinstance(text, str):
             if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in text):
                 raise UserError("messages: only text is understood")

@@ -23,6 +23,8 @@ from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_js
 
 MAX_STOPS = 64
 MAX_TOPK = 1024
+MAX_TOPK_CELLS = 2**24
+"""Alternatives, of eight bytes each, that all tokens of an answer may have together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,14 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     last_n = sample.prompt_logprobs_last_n
     if last_n is not None:
         _in_range("prompt_logprobs_last_n", last_n, 1, max(1, prompt.size - 1))
+    params = _params(sample.sampling_params, limits)
+    drawn = sample.num_samples * num_answer_tokens(params, prompt.size, limits)
+    check_topk("topk_sample_logprobs", sample.topk_sample_logprobs, drawn)
+    check_topk("topk_prompt_logprobs", sample.topk_prompt_logprobs, last_n or prompt.size)
+    check_topk("prompt_alt_tokens_k", sample.prompt_alt_tokens_k, prompt.size)
     return SampleRequest(
         prompt=prompt,
-        params=_params(sample.sampling_params, limits),
+        params=params,
         num_samples=sample.num_samples,
         prompt_logprobs=sample.prompt_logprobs,
         topk_prompt_logprobs=sample.topk_prompt_logprobs,
@@ -77,6 +84,21 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
         prompt_alt_tokens_k=sample.prompt_alt_tokens_k,
         prompt_logprobs_last_n=last_n,
     )
+
+
+def num_answer_tokens(params: SamplingParams, prompt_size: int, limits: SampleLimits) -> int:
+    """The most that one sample may have."""
+    room = max(0, limits.max_length - prompt_size)
+    return room if params.max_tokens is None else min(params.max_tokens, room)
+
+
+def check_topk(name: str, k: int, num_tokens: int) -> None:
+    """All alternatives of an answer are kept until it is told. Raises UserError."""
+    if k * num_tokens > MAX_TOPK_CELLS:
+        raise UserError(
+            f"{name} is {k} for up to {num_tokens} tokens of all samples: {k * num_tokens} alternatives; "
+            f"at most {MAX_TOPK_CELLS} are possible"
+        )
 
 
 def _prompt(prompt: Any, limits: SampleLimits) -> npt.NDArray[np.int32]:

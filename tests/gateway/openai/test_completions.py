@@ -272,6 +272,53 @@ async def test_streamed_logprobs_are_those_of_the_whole(
     assert [len(content) for content in told] == [2, len(tokens) - 2]
 
 
+async def test_offsets_go_on_from_chunk_to_chunk(
+    client: httpx.AsyncClient, backend: ScriptedBackend, text: ModelText
+) -> None:
+    tokens = text.encode("several tokens of text")
+    backend.deltas = [delta(tokens[:2]), delta(tokens[2:3])]
+    answers(backend, sequence([*tokens, EOS]))
+    found = await events(client, "/completions", prompt="x", logprobs=0)
+    told = [c["logprobs"] for event in found for c in event["choices"] if c["logprobs"]]
+    assert len(told) == 3
+    offsets = [offset for each in told for offset in each["text_offset"]]
+    pieces = [piece for each in told for piece in each["tokens"]]
+    assert offsets == [len("".join(pieces[:row])) for row in range(len(tokens))]
+
+
+async def test_a_sample_whose_stream_fails_midway_is_cancelled(
+    client: httpx.AsyncClient, backend: ScriptedBackend, text: ModelText
+) -> None:
+    backend.deltas = [delta(text.encode("several"))]
+    backend.polls["sample-0"] = Poll("done", failure=Failure("broken", "server"))
+    found = await events(client)
+    assert "error" in found[-1]
+    await asyncio.sleep(0)
+    assert [arguments[1] for arguments in backend.asked("cancel")] == ["sample-0"]
+
+
+async def test_text_that_cannot_fit_is_refused_before_it_is_turned_into_tokens(
+    client: httpx.AsyncClient, text: ModelText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelText, "_encode", lambda *_, **__: pytest.fail("it was encoded"))
+    long = "x" * 10**6
+    for path, fields in (
+        ("/completions", {"prompt": long}),
+        ("/completions", {"prompt": ["x", long]}),
+        ("/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+    ):
+        answer = await client.post(path, json=CHAT | fields)
+        assert answer.status_code == 400
+        assert "characters; this model's context of" in answer.json()["error"]["message"]
+
+
+async def test_calls_of_tools_are_refused(client: httpx.AsyncClient) -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    answer = await client.post("/chat/completions", json=CHAT | {"messages": [message]})
+    assert answer.status_code == 400
+    assert "tool_calls" in answer.json()["error"]["message"]
+
+
 # Hanging up -------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 from twinkle_serve.gateway.openai.tokenizer import ModelText
@@ -32,8 +33,8 @@ class Shape(Protocol):
         """What a stream says before the first text of a choice."""
         ...
 
-    def logprobs(self, text: ModelText, drawn: Drawn, count: int) -> Any:
-        """Of the first ``count`` tokens of ``drawn``."""
+    def logprobs(self, text: ModelText, drawn: Drawn, count: int, offset: int) -> Any:
+        """Of the first ``count`` tokens of ``drawn``, before which a choice had ``offset`` characters."""
         ...
 
 
@@ -52,7 +53,7 @@ class ChatShape:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def logprobs(self, text: ModelText, drawn: Drawn, count: int) -> Any:
+    def logprobs(self, text: ModelText, drawn: Drawn, count: int, offset: int) -> Any:
         content = []
         for row in range(count):
             entry = _entry(text, drawn.tokens[row], drawn.logprobs[row])
@@ -73,9 +74,9 @@ class TextShape:
     def opening(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def logprobs(self, text: ModelText, drawn: Drawn, count: int) -> Any:
+    def logprobs(self, text: ModelText, drawn: Drawn, count: int, offset: int) -> Any:
         pieces = [text.decode([token], special=True) for token in drawn.tokens[:count]]
-        offsets = [sum(map(len, pieces[:row])) for row in range(count)]
+        offsets = list(accumulate(map(len, pieces), initial=offset))[:count]
         tops = [
             {text.decode([token], special=True): finite(float(logprob)) for token, logprob in pairs}
             for pairs in (_alternatives(drawn, row) for row in range(count))
@@ -143,10 +144,10 @@ class Answer:
         cuts = [at for at in map(text.find, self.stops) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def logprobs(self, drawn: Drawn) -> Any:
+    def logprobs(self, drawn: Drawn, offset: int = 0) -> Any:
         if not self.wants_logprobs:
             return None
-        return self.shape.logprobs(self.text, drawn, self.num_shown(drawn.tokens.tolist()))
+        return self.shape.logprobs(self.text, drawn, self.num_shown(drawn.tokens.tolist()), offset)
 
     def _choice(self, index: int, sequence: SampledSequence) -> dict[str, Any]:
         text = self.full_text(sequence.tokens.tolist())

@@ -48,6 +48,7 @@ class _Growing:
         self._text = ""
         self._num_sent = 0
         self._num_tokens = 0
+        self._offset = 0
         self._is_open = False
 
     def grow(self, delta: SampleDelta) -> list[dict[str, Any]]:
@@ -55,7 +56,7 @@ class _Growing:
         tokens = delta.tokens.tolist()
         self._text += self._stream.push(tokens[: self._answer.num_shown(tokens)])
         ready = len(self._text) - _held_back(self._text, self._answer.stops)
-        text, logprobs = self._text[self._num_sent : ready], self._answer.logprobs(delta)
+        text, logprobs = self._text[self._num_sent : ready], self._logprobs(delta)
         self._num_sent = max(self._num_sent, ready)
         if not text and logprobs is None:
             return []
@@ -64,12 +65,18 @@ class _Growing:
     def end(self, sequence: SampledSequence) -> list[dict[str, Any]]:
         text = self._answer.full_text(sequence.tokens.tolist())[self._num_sent :]
         rest = _after(sequence, self._num_tokens, self._index)
-        logprobs = self._answer.logprobs(rest) if len(rest.tokens) else None
+        logprobs = self._logprobs(rest) if len(rest.tokens) else None
         shape = self._answer.shape
         choices = self._opening()
         if text or logprobs is not None:
             choices.append(shape.chunk(self._index, text, logprobs, None))
         return [*choices, shape.chunk(self._index, "", None, sequence.stop_reason)]
+
+    def _logprobs(self, drawn: SampleDelta) -> Any:
+        found = self._answer.logprobs(drawn, self._offset)
+        if found is not None:
+            self._offset += sum(map(len, found.get("tokens", ())))
+        return found
 
     def _opening(self) -> list[dict[str, Any]]:
         opening = None if self._is_open else self._answer.shape.opening(self._index)

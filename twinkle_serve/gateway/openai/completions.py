@@ -22,9 +22,11 @@ from twinkle_serve.gateway.openai.following import finished, followed, submitted
 from twinkle_serve.gateway.openai.models import Target, Texts, find
 from twinkle_serve.gateway.openai.tokenizer import ModelText
 from twinkle_serve.protocol.data import SampleRequest, SampleResult
+from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.openai import Chat, Completion
 from twinkle_serve.protocol.requests import read
 from twinkle_serve.protocol.results import dump
+from twinkle_serve.protocol.sample import SampleLimits
 
 router = APIRouter(tags=["openai"])
 _KEEP_ALIVE = b": still here\n\n"
@@ -35,7 +37,12 @@ async def completions(request: Request, call: Authenticated) -> Response:
     body = read(Completion, await call.object(request))
     body.check()
     target, text = await _open(request, call, body.model)
-    prompts = [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            _check_length("prompt", len(prompt), text, call.limits_of(target.info))
+    prompts = await asyncio.to_thread(
+        lambda: [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    )
     return await _answer(request, call, target, text, body, TextShape(), prompts)
 
 
@@ -45,8 +52,20 @@ async def chat(request: Request, call: Authenticated) -> Response:
     body.check()
     target, text = await _open(request, call, body.model)
     messages = [message.as_dict() for message in body.messages]
-    prompt = text.encode_chat(messages, body.chat_template_kwargs)
+    length = sum(len(message["content"]) for message in messages)
+    _check_length("messages", length, text, call.limits_of(target.info))
+    prompt = await asyncio.to_thread(text.encode_chat, messages, body.chat_template_kwargs)
     return await _answer(request, call, target, text, body, ChatShape(), [prompt])
+
+
+def _check_length(field: str, num_characters: int, text: ModelText, limits: SampleLimits) -> None:
+    """Before it is turned into tokens, which takes time. Raises UserError."""
+    most = limits.max_length * text.longest_token
+    if num_characters > most:
+        raise UserError(
+            f"{field} has {num_characters} characters; this model's context of {limits.max_length} tokens "
+            f"holds at most {most}"
+        )
 
 
 async def _open(request: Request, call: Call, model: str) -> tuple[Target, ModelText]:
@@ -87,19 +106,24 @@ async def _events(
     make_answer: Callable[[str], Answer],
     include_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events; the first item is empty and says that the request was accepted."""
-    async with submitted(call, target, [sample], stream=True) as (request_id,):
-        answer = make_answer(request_id)
-        chunks = Chunks(answer)
-        yield b""
-        try:
+    """Server-sent events; the first item is empty and says that the request was accepted. What goes wrong
+    after that is an event, and the sample is cancelled."""
+    accepted = False
+    try:
+        async with submitted(call, target, [sample], stream=True) as (request_id,):
+            answer = make_answer(request_id)
+            chunks = Chunks(answer)
+            accepted = True
+            yield b""
             async for news in followed(call, request_id):
                 choices = chunks.end(news) if isinstance(news, SampleResult) else chunks.grow(news)
                 yield b"".join(_event(answer.chunk([choice])) for choice in choices) or _KEEP_ALIVE
                 if isinstance(news, SampleResult) and include_usage:
                     yield _event(answer.chunk([], answer.usage([news], [len(sample.prompt)])))
-        except Exception as error:
-            yield _event(error_body(error)[1])
+    except Exception as error:
+        if not accepted:
+            raise
+        yield _event(error_body(error)[1])
     yield b"data: [DONE]\n\n"
 
 

@@ -26,7 +26,10 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token"
 
 
 class ModelText:
-    """A model's tokenizer and chat template. Raises UserError if ``directory`` has no tokenizer."""
+    """A model's tokenizer and chat template. Raises UserError if ``directory`` has no tokenizer.
+
+    longest_token: its characters; no text has more of them than that for each of its tokens.
+    """
 
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
@@ -36,6 +39,7 @@ class ModelText:
                 "the tinker SDK, which sends tokens, can use the model"
             )
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = _read_json(directory / "tokenizer_config.json")
@@ -45,7 +49,7 @@ class ModelText:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text, with what the tokenizer puts before every text (a BOS, maybe)."""
-        return list(self._tokenizer.encode(text).ids)
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
         """Tokens of a conversation up to where the model answers. Raises UserError."""
@@ -57,7 +61,12 @@ class ModelText:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"this model's chat template refuses these messages: {error}") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # A batch of one: unlike a single text, it is encoded without the interpreter's lock.
+        (found,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not special))
