@@ -151,6 +151,17 @@ def test_room_on_disk(model: Path, monkeypatch: pytest.MonkeyPatch, free: int, l
     assert finding.level == level
 
 
+@pytest.mark.parametrize(("free", "level"), [(10**9, "warn"), (10**10, "ok")])
+def test_room_for_paged_adapters(model: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    pages = model.parent / "not" / "yet"
+    entry = {"name": "tiny", "path": str(model), "page_dir": str(pages), "disk_page_bytes": 2**30, "groups": 2}
+    (finding,) = (f for f in examine(make(model, models=[entry])) if f.what == "pages")
+    assert finding.level == level
+    assert str(pages) in finding.text
+
+
 @pytest.mark.parametrize(
     ("url", "level"),
     [("sqlite://", "ok"), ("sqlite:////nowhere/at/all.db", "bad"), ("nonsense://x", "bad"), ("x", "bad")],

@@ -20,10 +20,13 @@ logger = logging.getLogger("twinkle_serve.test")
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    level = logging.getLogger("twinkle_serve").level
+    root = logging.getLogger("twinkle_serve")
+    level, handlers = root.level, list(root.handlers)
     yield
-    configure_logs(MonitoringConfig(), "test")
-    logging.getLogger("twinkle_serve").setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -52,6 +55,16 @@ def test_an_exception_stays_on_one_line(tmp_path: Path) -> None:
         logger.exception("it failed")
     (line,) = lines(path)
     assert "first\nsecond" in line["exception"]
+
+
+def test_without_a_file_it_is_text_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs(MonitoringConfig(), "rank 0 of tiny")
+    logger.info("the step is done")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("INFO rank 0 of tiny: the step is done")
+    configure_logs(MonitoringConfig(), "again")
+    logger.info("told once")
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_level_counts(tmp_path: Path) -> None:

@@ -264,10 +264,7 @@ class Config(Strict):
     def resolved(self, base: Path) -> Config:
         """The same with paths made absolute: relative ones are taken from the directory ``base``."""
         root = base / self.storage.root.expanduser()
-        models = [
-            model if "://" in model.path else model.model_copy(update={"path": _absolute(base, model.path)})
-            for model in self.models
-        ]
+        models = [_with_absolute_paths(model, base) for model in self.models]
         storage = self.storage.model_copy(update={"root": root})
         log_file = self.monitoring.log_file
         monitoring = self.monitoring.model_copy(
@@ -276,6 +273,15 @@ class Config(Strict):
         losses = self.losses.resolved(base)
         changed = {"models": models, "storage": storage, "monitoring": monitoring, "losses": losses}
         return self.model_copy(update=changed)
+
+
+def _with_absolute_paths(model: ModelConfig, base: Path) -> ModelConfig:
+    changed: dict[str, Any] = {}
+    if "://" not in model.path:
+        changed["path"] = _absolute(base, model.path)
+    if model.page_dir is not None:
+        changed["page_dir"] = base / model.page_dir.expanduser()
+    return model.model_copy(update=changed)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -54,10 +54,13 @@ def configure_logs(config: MonitoringConfig, component: str) -> None:
     for handler in [handler for handler in root.handlers if getattr(handler, "is_ours", False)]:
         root.removeHandler(handler)
         handler.close()
+    handler: logging.Handler
     if config.log_file is None:
-        return
-    config.log_file.parent.mkdir(parents=True, exist_ok=True)
-    handler = WatchedFileHandler(config.log_file, encoding="utf-8")
-    handler.setFormatter(JsonLines(component))
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {component}: %(message)s"))
+    else:
+        config.log_file.parent.mkdir(parents=True, exist_ok=True)
+        handler = WatchedFileHandler(config.log_file, encoding="utf-8")
+        handler.setFormatter(JsonLines(component))
     handler.is_ours = True  # type: ignore[attr-defined]
     root.addHandler(handler)

@@ -5,6 +5,7 @@ Every field says its unit, range and default. Knows no component's inside; the r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -129,6 +130,10 @@ class ModelConfig(Strict):
     host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
     disk_page_bytes: int = Field(
         64 * 2**30, ge=0, description="paged adapters kept on disk, bytes; at the limit new runs wait"
+    )
+    page_dir: Path | None = Field(
+        None,
+        description="directory of these, on each rank's own disk; null: the system's temporary directory",
     )
     sampler: SamplerConfig = SamplerConfig()
     planner: PlannerConfig = PlannerConfig()

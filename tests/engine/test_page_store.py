@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.engine.page_store import PageStore
+from twinkle_serve.engine.page_store import PageStore, new_page_directory
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.protocol.data import LoraSpec
 
@@ -117,3 +120,17 @@ def test_it_is_a_dictionary_whatever_the_budget(
         assert store.host_bytes <= budget * state(0).num_bytes()
         assert store.host_bytes + store.disk_bytes == sum(s.num_bytes() for s in model.values())
         assert all((key in store) == (key in model) for key in "abc")
+
+
+def test_directories_of_killed_processes_are_removed_and_of_others_are_not(tmp_path: Path) -> None:
+    first = new_page_directory(tmp_path / "pages")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    left_behind = Path(str(first).replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    elsewhere = tmp_path / "pages" / f"twinkle-pages-another-host-{ended.pid}-x"
+    for directory in (left_behind, elsewhere):
+        directory.mkdir()
+        (directory / "page").write_bytes(b"x")
+    second = new_page_directory(tmp_path / "pages")
+    assert second != first
+    assert {first, second, elsewhere} == set((tmp_path / "pages").iterdir())

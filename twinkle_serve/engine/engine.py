@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,7 +26,7 @@ from twinkle_serve.engine.flops import with_speed
 from twinkle_serve.engine.graph_loss import try_graph
 from twinkle_serve.engine.memory import memory_of, weights_of
 from twinkle_serve.engine.optimizer import NonFiniteGradientError, SlotStep, adamw_step
-from twinkle_serve.engine.page_store import PageStore
+from twinkle_serve.engine.page_store import PageStore, new_page_directory
 from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler
@@ -66,7 +65,8 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One rank's base model with its training slots and its sampler.
 
-    scratch: directory for paged adapters; a temporary one is made (and removed by ``close``) if None.
+    scratch: directory for paged adapters; if None, one is made below ``config.page_dir`` and removed by
+    ``close``.
     place: where this rank stands in its group; None: it is alone. All ranks of a group do the same in the
     same order: build an engine, probe it, run each tick. Only the first rank yields anything. A rank that
     cannot go on raises; its peers raise RankLost when they miss it, after ``place.timeout_s`` at the latest.
@@ -76,7 +76,7 @@ class Engine:
     def __init__(
         self, config: ModelConfig, scratch: Path | None = None, place: RankPlace | None = None
     ) -> None:
-        self._owned_scratch = Path(tempfile.mkdtemp(prefix="twinkle-pages-")) if scratch is None else None
+        self._owned_scratch = new_page_directory(config.page_dir) if scratch is None else None
         scratch = scratch or self._owned_scratch
         assert scratch is not None
         self.ranks = Ranks.join(place, choose_device(config))

@@ -5,12 +5,30 @@ Knows AdapterStates by name. Does not know why one is here (a paged-out run or a
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
+import shutil
+import socket
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import pack_state, read_state
+
+
+def new_page_directory(parent: Path | None) -> Path:
+    """A directory of this process below ``parent``, or below the system's temporary directory. Those of
+    processes of this machine that were killed are removed."""
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"twinkle-pages-{socket.gethostname()}-"
+    for found in parent.glob(f"{glob.escape(prefix)}*"):
+        owner = found.name.removeprefix(prefix).partition("-")[0]
+        if not Path("/proc", owner).exists():
+            shutil.rmtree(found, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
 
 
 class PageStore:

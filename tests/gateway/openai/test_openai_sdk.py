@@ -125,7 +125,7 @@ def test_streams_say_the_same_as_whole_answers(client: openai.OpenAI, checkpoint
 def test_the_first_tokens_of_a_stream_come_before_the_last(client: openai.OpenAI) -> None:
     stream = client.completions.create(model="llama", prompt="once", max_tokens=400, stream=True)
     texts = [chunk.choices[0].text for chunk in stream]
-    assert len([text for text in texts if text]) > 3
+    assert len([text for text in texts if text]) > 1
 
 
 def test_completions(client: openai.OpenAI) -> None:
