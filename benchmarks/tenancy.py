@@ -91,7 +91,8 @@ def weighted(rows: Rows, budget: Budget, directory: Path) -> None:
     which the queues fill."""
     names = tenant_ids(KEYS)
     limits = {name: {"weight": weight} for name, weight in zip(names, WEIGHTS, strict=True)}
-    tokens, seconds = 512, 2.0 if budget.quick else budget.share(0.15)
+    # Steps large enough for the engine to be the limit, so that no client falls behind.
+    tokens, seconds = 2048, 2.0 if budget.quick else budget.share(0.25)
     with (
         our_server(
             directory,
@@ -102,7 +103,7 @@ def weighted(rows: Rows, budget: Budget, directory: Path) -> None:
         clients_of(server.url, MODEL, log=server.scratch / "client") as clients,
     ):
         clients.open(len(KEYS), keys=KEYS)
-        answer = clients.train(range(len(KEYS)), tokens=tokens, depth=32, seconds=seconds)
+        answer = clients.train(range(len(KEYS)), tokens=tokens, depth=16, seconds=seconds)
     # What is in flight at the end is drained without competition, so it does not count.
     got = [sum(0.3 * seconds < end < seconds for end in tenant["ends"]) for tenant in answer["tenants"]]
     if not all(got):
