@@ -54,3 +54,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_it_knows_what_is_left_on_the_disk(tmp_path):
     files = StateFiles(tmp_path)
     assert 0 < files.free_bytes() <= shutil.disk_usage(tmp_path).total
+
+
+@pytest.mark.parametrize("owner", ["x" * 300, "\0"])
+def test_what_cannot_be_the_name_of_a_file_is_not_there_and_stops_nobody(tmp_path, owner):
+    files = StateFiles(tmp_path)
+    for name in (files.name_for(owner, "frozen"), owner):
+        assert not files.exists(name)
+        files.remove(name)
+    files.sweep([owner])
+
+
+def test_a_sweep_goes_on_behind_what_it_cannot_remove(tmp_path):
+    files = StateFiles(tmp_path)
+    (tmp_path / "runs" / "directory").mkdir()
+    checkpoints.write_file(files.path("gone"), b"abc")
+    files.sweep([])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["directory"]

@@ -25,22 +25,30 @@ class StateFiles:
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def name_for(self, owner: str, detail: str) -> str:
-        """A file name for any two texts, different for different ones. At most 255 bytes."""
+        """A file name for any two texts, different for different ones. Of texts that are too long for the
+        file system it is a name that no file can have."""
         return f"{quote(owner, safe='')}.{quote(detail, safe='')}{STATE_SUFFIX}"
 
     def path(self, name: str) -> str:
         return str(self._directory / name)
 
     def exists(self, name: str) -> bool:
-        return (self._directory / name).exists()
+        """False also for what cannot be the name of a file: recovery asks for every stored name."""
+        try:
+            return (self._directory / name).exists()
+        except OSError:
+            return False
 
     def free_bytes(self) -> int:
         """What is left on the file system."""
         return shutil.disk_usage(self._directory).free
 
     def remove(self, name: str) -> None:
-        """Nothing happens if it is gone."""
-        (self._directory / name).unlink(missing_ok=True)
+        """Nothing happens if it is gone. What cannot be removed is left to ``sweep``, and said."""
+        try:
+            (self._directory / name).unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            _log.warning("%.100s is not removed: %s", name, error.__class__.__name__)
 
     def sweep(self, keep: Collection[str]) -> None:
         """Remove what nobody knows any more, and what a killed writer left; for the start."""
@@ -48,4 +56,4 @@ class StateFiles:
         for path in self._directory.iterdir():
             if path.name not in wanted:
                 _log.info("removing %s: nothing refers to it", path.name)
-                path.unlink(missing_ok=True)
+                self.remove(path.name)
