@@ -10,11 +10,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from twinkle_serve.storage.journal import Fenced, Journal
 from twinkle_serve.storage.journal_rows import JournalEntry, RunHistory, StoredResult, StoredSnapshot
@@ -49,6 +51,27 @@ async def write(root: Path, *entries: JournalEntry) -> None:
 async def read(root: Path) -> dict[str, RunHistory]:
     async with opened(root) as journal:
         return journal.histories()
+
+
+@contextmanager
+def held(journal: Journal, statement: str) -> Iterator[threading.Event]:
+    """Until the end of this the writer stops before statements that begin so. The event: it has."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stop(*arguments: object) -> None:
+        if str(arguments[2]).lower().startswith(statement) and not go_on.is_set():
+            reached.set()
+            assert go_on.wait(20)
+
+    sa.event.listen(journal._engine, "before_cursor_execute", stop)
+    try:
+        yield reached
+    finally:
+        go_on.set()
+
+
+async def reach(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, 20)
 
 
 async def test_entries_come_back_in_order_of_arrival(tmp_path):
@@ -101,6 +124,40 @@ async def test_single_results_can_be_dropped(tmp_path):
         await journal.cover(snapshot(3), [result(1), result(2), result(3)], 0)
         await journal.drop_results(["run-1", "run-3", "never"])
         assert [each.request_id for each in (await journal.history("run")).results] == ["run-2"]
+
+
+async def test_what_comes_while_entries_are_dropped_is_counted(tmp_path):
+    async with opened(tmp_path) as journal:
+        await journal.append(entry(1))
+        with held(journal, "select sum") as dropping:
+            done = journal.cover(snapshot(1), [], 1)
+            await reach(dropping)
+            late = journal.append(entry(2))
+        await asyncio.gather(done, late)
+        assert journal.num_bytes == len(entry(2).payload)
+
+
+async def test_an_entry_that_cannot_be_written_fails_alone(tmp_path):
+    async with opened(tmp_path) as journal:
+        with held(journal, "update") as writing:  # so that the others share a transaction
+            first = journal.flush()
+            await reach(writing)
+            three = [journal.append(entry(n)) for n in (1, 2**63, 2)]
+        await first
+        answers = await asyncio.gather(*three, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [type(None), OverflowError, type(None)]
+        assert [each.seq_id for each in (await journal.history("run")).entries] == [1, 2]
+        assert journal.num_bytes == len(entry(1).payload) + len(entry(2).payload)
+
+
+async def test_damaged_entries_count_until_they_are_dropped(tmp_path):
+    marker = os.urandom(40)
+    await write(tmp_path, entry(1, payload=marker), entry(2), entry(3))
+    _flip(tmp_path / "journal.sqlite", marker)
+    async with opened(tmp_path) as journal:
+        assert len(journal.histories()["run"].damaged) == 1
+        await journal.cover(snapshot(2), [], 2)
+        assert journal.num_bytes == len(entry(3).payload)
 
 
 async def test_whoever_opens_it_fences_the_one_before(tmp_path):
@@ -205,6 +262,31 @@ async def test_a_full_disk_delays_and_loses_nothing(tmp_path):
             await asyncio.gather(*waiting)
         assert journal.stalled is None
         assert [each.seq_id for each in (await journal.history("run")).entries] == [0, 1, 2, 3]
+
+
+async def test_what_a_full_disk_makes_it_try_again_is_taken_off_once(tmp_path):
+    async with opened(tmp_path) as journal:
+        for n in range(3):
+            await journal.append(entry(n))
+        with journal._engine.connect() as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+            connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+        with held(journal, "update") as writing:  # so that the others share a transaction
+            first = journal.flush()
+            await reach(writing)
+            waiting = [
+                journal.cover(snapshot(1), [], 1),
+                journal.append(entry(3, payload=os.urandom(50_000))),
+            ]
+        await first
+        async with asyncio.timeout(20):
+            while journal.stalled is None:
+                await asyncio.sleep(0.01)
+        with journal._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA max_page_count=1000000")
+        async with asyncio.timeout(20):
+            await asyncio.gather(*waiting)
+        assert journal.num_bytes == len(entry(2).payload) + 50_000
 
 
 # kill -9 ----------------------------------------------------------------------------------------------

@@ -66,7 +66,10 @@ class Journal:
         METADATA.create_all(self._engine)
         with self._engine.begin() as connection:
             self.epoch = _next_epoch(connection)
+        # Of the payloads of all entries, those included that are still to be written. Changed on the event
+        # loop only; what a transaction drops is taken off when it is done.
         self.num_bytes = 0
+        self._dropping = 0  # by the transaction that runs; the writer's own
         self.stalled: str | None = None
         self._mine = EPOCHS.update().where(EPOCHS.c.epoch == self.epoch).values(epoch=self.epoch)
         self._queue: queue.SimpleQueue[tuple[Work | JournalEntry, Any] | None] = queue.SimpleQueue()
@@ -137,10 +140,8 @@ class Journal:
     def histories(self) -> dict[str, RunHistory]:
         """Everything, by run id; for the start, before anything is written."""
         with self._engine.connect() as connection:
-            histories = read(connection)
-        entries = (entry for history in histories.values() for entry in history.entries)
-        self.num_bytes = sum(len(entry.payload) for entry in entries)
-        return histories
+            self.num_bytes = _num_bytes(connection)
+            return read(connection)
 
     def history(self, run_id: str) -> asyncio.Future[RunHistory]:
         """One run's, with all that was asked for before."""
@@ -169,6 +170,7 @@ class Journal:
         """One transaction, tried until it succeeds: what was accepted must not be dropped because the
         disk is full, and nobody is told meanwhile that it is safe."""
         while True:
+            self._dropping = 0
             try:
                 with self._engine.begin() as connection:
                     self._check_epoch(connection)
@@ -177,14 +179,14 @@ class Journal:
                 break
             except sa.exc.OperationalError as error:
                 if self._closing:
-                    return _resolve(jobs, error=error)
+                    return self._resolve(jobs, error=error)
                 if self.stalled is None:
                     _log.error("the journal cannot be written: %s", error.orig)
                 self.stalled = str(error.orig)
                 time.sleep(_RETRY_S)
             except Exception as error:
                 if len(jobs) == 1 or isinstance(error, Fenced):
-                    return _resolve(jobs, error=error)
+                    return self._resolve(jobs, error=error)
                 # One of them cannot be written; what others asked for must not fail with it.
                 for job in jobs:
                     self._commit([job])
@@ -192,7 +194,7 @@ class Journal:
         if self.stalled is not None:
             _log.warning("the journal can be written again")
             self.stalled = None
-        _resolve(jobs, answers=answers)
+        self._resolve(jobs, answers=answers)
 
     def _check_epoch(self, connection: sa.Connection) -> None:
         """In each transaction, as its first write: so no other can open the journal until it ends."""
@@ -200,9 +202,32 @@ class Journal:
             raise Fenced("another coordinator has taken over")
 
     def _drop_entries(self, connection: sa.Connection, where: sa.ColumnElement[bool]) -> None:
-        size = sa.select(sa.func.sum(sa.func.length(ENTRIES.c.payload))).where(where)
-        self.num_bytes -= int(connection.execute(size).scalar() or 0)
+        self._dropping += _num_bytes(connection, where)
         connection.execute(ENTRIES.delete().where(where))
+
+    def _resolve(
+        self,
+        jobs: Sequence[tuple[Work | JournalEntry, Any]],
+        answers: Sequence[Any] = (),
+        error: Exception | None = None,
+    ) -> None:
+        futures = [future for _, future in jobs]
+        unwritten = sum(len(job.payload) for job, _ in jobs if isinstance(job, JournalEntry))
+        gone = self._dropping if error is None else unwritten
+
+        def settle() -> None:
+            self.num_bytes -= gone
+            for index, future in enumerate(futures):
+                if future.done():
+                    continue  # whoever asked has gone
+                if error is not None:
+                    future.set_exception(error)
+                    future.exception()  # nobody may be waiting for it
+                else:
+                    future.set_result(answers[index])
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            futures[0].get_loop().call_soon_threadsafe(settle)
 
 
 def _run(connection: sa.Connection, jobs: Iterable[Work | JournalEntry]) -> list[Any]:
@@ -216,27 +241,6 @@ def _run(connection: sa.Connection, jobs: Iterable[Work | JournalEntry]) -> list
             connection.execute(_INSERT, rows)
         answers += [job(connection) if callable(job) else None for job in some]
     return answers
-
-
-def _resolve(
-    jobs: Iterable[tuple[Work | JournalEntry, Any]],
-    answers: Sequence[Any] = (),
-    error: Exception | None = None,
-) -> None:
-    futures = [future for _, future in jobs]
-
-    def settle() -> None:
-        for index, future in enumerate(futures):
-            if future.done():
-                continue  # whoever asked has gone
-            if error is not None:
-                future.set_exception(error)
-                future.exception()  # nobody may be waiting for it
-            else:
-                future.set_result(answers[index])
-
-    with contextlib.suppress(RuntimeError):  # the loop has ended
-        futures[0].get_loop().call_soon_threadsafe(settle)
 
 
 def _open(url: str, sync: str) -> sa.Engine:
@@ -263,6 +267,12 @@ def _next_epoch(connection: sa.Connection) -> int:
         connection.execute(EPOCHS.insert().values(id=1, epoch=1))
         return 1
     return int(epoch)
+
+
+def _num_bytes(connection: sa.Connection, where: sa.ColumnElement[bool] | None = None) -> int:
+    """What the payloads of entries take: of all, damaged ones included, or of some."""
+    size = sa.select(sa.func.sum(sa.func.length(ENTRIES.c.payload)))
+    return int(connection.execute(size if where is None else size.where(where)).scalar() or 0)
 
 
 def _store(connection: sa.Connection, results: Sequence[StoredResult]) -> None:
