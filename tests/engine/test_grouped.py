@@ -26,7 +26,7 @@ from twinkle_serve.engine.experts import ExpertTargets, experts_forward
 from twinkle_serve.engine.grouped import fits
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import AdapterLayout, Target
-from twinkle_serve.engine.slots import Adapter, Segment
+from twinkle_serve.engine.slots import Adapter, Segment, SlotPool
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.testing.models import build_tiny_qwen3_moe
 
@@ -180,6 +180,25 @@ def test_a_diverged_neighbour_in_the_pool_does_not_reach_rows_without_an_adapter
     assert value(outcomes["1"]).logprobs.values.tolist() == expected.logprobs.values.tolist()
     for key, gradient in tensors(engine, 1, "grads").items():
         assert torch.equal(gradient, gradients[key])
+
+
+def test_rows_that_are_not_finite_leave_nothing_for_the_next_run_in_the_slot() -> None:
+    """Gradients are padded to the largest rank of the batch, and zero times NaN is NaN."""
+    pool = SlotPool(LAYOUT, 2, 16, torch.device("cpu"))
+    pool.create(0, LoraSpec(4, 1))
+    pool.create(1, LoraSpec(16, 2))
+    shared = Segments(grouped=True)
+    shared.set({"attn": [Segment(pool.adapter(0), 0, 5), Segment(pool.adapter(1), 5, 9)]})
+    base = nn.Linear(HIDDEN, 48).requires_grad_(False)
+    x = torch.randn(1, 9, HIDDEN)
+    x[:, :5] = float("nan")
+    LoraLinear(base, shared, "attn", 0)(x.requires_grad_()).sum().backward()
+    assert pool.grads[0, :4].isnan().any()
+    assert pool.blocks(1)[1].isfinite().all()
+    pool.clear_grads(0)
+    pool.free(0)
+    pool.create(0, LoraSpec(16, 3))
+    assert not pool.blocks(0)[1].any()
 
 
 def test_packed_weights_go_with_grouped_products(engine_for: EngineFactory, models_root: Path) -> None:

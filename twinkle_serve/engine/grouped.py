@@ -134,6 +134,8 @@ class Stretches:
             if homes.owned is not None:
                 gradients = gradients.index_select(axis, homes.owned)
             pool.index_add_(axis, homes.owners, gradients.float())
+            for _, adapter in owned:
+                adapter.grad_rows = max(adapter.grad_rows, self.rank)
             return
         # An adapter comes once for each rank that has rows of it: one after the other, in a fixed order.
         for group, adapter in owned:

@@ -35,7 +35,8 @@ class Factors(NamedTuple):
 
 class Home(NamedTuple):
     """Where an adapter lies among others: ``slot`` of ``compute`` and ``grads``, both [slots, max_rank,
-    row_size] and zero beyond an adapter's rank. So one kernel can take a factor of many adapters."""
+    row_size]. So one kernel can take a factor of many adapters: ``compute`` is zero beyond an adapter's rank,
+    and what ``grads`` has there means nothing."""
 
     compute: torch.Tensor
     grads: torch.Tensor
@@ -67,6 +68,9 @@ class Adapter:
         self.weights = weights
         self.grads = grads
         self.scale = LORA_ALPHA / spec.rank
+        # Gradients of adapters of several ranks are added padded to the largest (grouped.py). A padded row's
+        # are sums of zeros, but zero times what is not finite is NaN: whoever comes next must not find that.
+        self.grad_rows = spec.rank
         # The same tensor if the type is the same.
         self._compute = weights.to(dtype) if compute is None else compute
         # Views are kept: making one costs more than the small matrix products they are made for.
@@ -254,8 +258,12 @@ class SlotPool:
             return
         for block in self.blocks(slot):
             block.zero_()
+        adapter = self.adapter(slot)
         if self._compute is not self.weights:
-            self._compute[slot, : self.adapter(slot).spec.rank].zero_()
+            self._compute[slot, : adapter.spec.rank].zero_()
+        # Here and not at each step: no run reads gradients beyond its own rank. And no row that was never
+        # written to, which would take memory (see __init__).
+        self.grads[slot, adapter.spec.rank : adapter.grad_rows].zero_()
         self._adapters[slot] = None
         self.steps[slot] = 0
         self.has_grads[slot] = False
