@@ -7,7 +7,8 @@ written (the group does), what rows look like (storage/journal.py), or how a los
 The rule that everything here serves: at any moment the newest listed snapshot of a run, followed by the
 run's journal entries above it in the order of their execution, is the run; and each promise below it has
 its result kept. So a snapshot is listed in one transaction with the results it makes impossible to
-compute again, and of two kept snapshots the older still has all entries that follow it.
+compute again, and of two kept snapshots the older still has all entries that follow it. Only in a full
+journal there is but one, and entries above it.
 """
 
 from __future__ import annotations
@@ -85,10 +86,65 @@ class Keeper:
         """Raises BackendUnavailable while nothing more can be made durable; clients come again."""
         if self.journal.stalled is not None:
             raise BackendUnavailable(f"the journal cannot be written: {self.journal.stalled}")
-        if self.journal.num_bytes > self._config.journal_max_bytes:
-            for kept in self.kept.values():
-                kept.is_urgent = kept.dirty_since is not None
+        if self._is_full:
+            self._make_room()
             raise BackendUnavailable("the journal is full; it empties as runs are snapshotted")
+
+    @property
+    def _is_full(self) -> bool:
+        return self.journal.num_bytes > self._config.journal_max_bytes
+
+    def _make_room(self) -> None:
+        """Let runs be snapshotted, and drop what only a second snapshot needs and what nobody can use."""
+        for kept in list(self.kept.values()):
+            kept.is_urgent = kept.is_urgent or kept.dirty_since is not None
+            if kept.is_persisting or kept.run.record.unloaded:
+                continue  # that makes room by itself
+            if self._is_of_no_use(kept):
+                kept.is_persisting = True
+                self._start(self._forget(kept))
+            elif kept.has_covered_entries:
+                self._drop_covered(kept)
+
+    def _drop_covered(self, kept: Kept) -> None:
+        newest, *older = kept.snapshots
+        gone = [*kept.bad, *(old.covered for old in older)]
+        kept.snapshots, kept.bad = [newest], []
+        kept.done, kept.dropped_until = kept.to_redo, newest.covered
+        dropped = self.journal.cover(newest, [], newest.covered, gone)
+
+        async def remove() -> None:
+            await asyncio.wait({dropped})
+            for old in older if dropped.exception() is None else ():
+                self.files.remove(old.file)
+
+        self._start(remove())
+
+    def _is_of_no_use(self, kept: Kept) -> bool:
+        """The run has no adapter, and nothing is on its way that could bring it one."""
+        log = kept.run.log
+        if kept.run.wants_adapter or log.is_held or log.ready or log.parked:
+            return False
+        requests = (request_id for request_id, _ in kept.unstored.values())
+        return not any(self.books.promises.is_pending(request_id) for request_id in requests)
+
+    async def _forget(self, kept: Kept) -> None:
+        """Keep the results of a run without an adapter and nothing else. With what comes for it later, a
+        checkpoint to load perhaps, its part of the journal begins anew."""
+        run_id, unstored = kept.run.run_id, dict(kept.unstored)
+        try:
+            results = await self._results(kept, max(unstored, default=UNBORN))
+        finally:
+            kept.is_persisting = False
+        if self._is_of_no_use(kept) and kept.unstored == unstored:
+            logger.info("run %s has no adapter; the journal forgets what was asked of it", run_id)
+            del self.kept[run_id]
+            await self._drop_all(kept, results)
+
+    async def _drop_all(self, kept: Kept, results: list[StoredResult]) -> None:
+        await self.journal.retire(kept.run.run_id, results)
+        for snapshot in kept.snapshots:
+            self.files.remove(snapshot.file)
 
     def no_room_for_a_save(self) -> Failure | None:
         """Why no further checkpoint may be written now. The last of the disk is for the journal and the
@@ -237,9 +293,10 @@ class Keeper:
         try:
             await self._settled(kept, snapshot.covered)
             results = await self._results(kept, snapshot.covered)
-            older = kept.snapshots[:1]
-            dropped = kept.snapshots[1:]
-            drop_until = older[0].covered if older else UNBORN
+            is_full = self._is_full
+            older = [] if is_full else kept.snapshots[:1]
+            dropped = kept.snapshots[len(older) :]
+            drop_until = snapshot.covered if is_full else older[0].covered if older else UNBORN
             gone = [*kept.bad, *(old.covered for old in dropped)]
             await self.journal.cover(snapshot, results, drop_until, gone)
         except Fenced:
@@ -256,7 +313,8 @@ class Keeper:
         if older and older[0].covered == snapshot.covered:
             dropped, older = [*dropped, *older], []
         kept.snapshots, kept.bad = [snapshot, *older], []
-        kept.done = [seq_id for seq_id in kept.done if seq_id > (older[0].covered if older else UNBORN)]
+        kept.done = [seq_id for seq_id in kept.done if seq_id > drop_until]
+        kept.dropped_until = drop_until
         kept.is_persisting = False
         for old in dropped:
             self.files.remove(old.file)
@@ -337,10 +395,8 @@ class Keeper:
         last = max(kept.unstored, default=UNBORN)
         await self._settled(kept, last)
         results = await self._results(kept, last)
-        await self.journal.retire(run_id, results)
+        await self._drop_all(kept, results)
         self.kept.pop(run_id, None)
-        for snapshot in kept.snapshots:
-            self.files.remove(snapshot.file)
 
     def sampler_file(self, sampler_id: str) -> str:
         return self.files.name_for(sampler_id, "frozen")

@@ -25,16 +25,18 @@ class Kept:
     """One run.
 
     done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
-    bad: what those covered that turned out to be unreadable. unstored: requests whose results the journal
-    does not have, with their ids and whether the client numbered them. void: requests given up.
-    dirty_since: when the oldest change that no snapshot covers was made. debt_s: how long it took to do what
-    no snapshot covers. hold_s: how long the last snapshot held up the tick that it was in.
+    bad: what those covered that turned out to be unreadable. dropped_until: the journal has no entries up to
+    this. unstored: requests whose results the journal does not have, with their ids and whether the client
+    numbered them. void: requests given up. dirty_since: when the oldest change that no snapshot covers was
+    made. debt_s: how long it took to do what no snapshot covers. hold_s: how long the last snapshot held up
+    the tick that it was in.
     """
 
     run: Run
     done: list[int] = field(default_factory=list)
     snapshots: list[StoredSnapshot] = field(default_factory=list)
     bad: list[int] = field(default_factory=list)
+    dropped_until: int = UNBORN
     unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
     void: set[str] = field(default_factory=set)
     num_steps: int = 0
@@ -59,6 +61,11 @@ class Kept:
     def to_redo(self) -> list[int]:
         """What the newest snapshot does not have, in order."""
         return [seq_id for seq_id in self.done if seq_id > self.covered]
+
+    @property
+    def has_covered_entries(self) -> bool:
+        """Whether the journal has something that the newest snapshot makes superfluous."""
+        return self.dropped_until < self.covered
 
     def restore_entry(self, path: str) -> RunEntry:
         """Belongs in front of what is to be redone."""

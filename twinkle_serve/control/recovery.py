@@ -222,7 +222,8 @@ def _remember(keeper: Keeper, run: Run, seq_id: int, request_id: str, numbered: 
 def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
     # With a damaged row only the newest snapshot may still be followed by all that came after it.
     snapshots = history.snapshots[: 1 if history.damaged else 2]
-    kept = keeper.kept[run.run_id] = Kept(run, snapshots=snapshots)
+    kept = Kept(run, snapshots=snapshots, dropped_until=_before_first(history))
+    keeper.kept[run.run_id] = kept
     # Its unload is among the entries, or it would have been retired; until then it is alive.
     run.record = _alive(run.record)
     run.log = _replayed_log(keeper, kept, run.log, history)
@@ -265,7 +266,7 @@ def _replayed_log(
 ) -> CommandLog[RunCommand]:
     """The log as it was: a log is what came, in the order in which it came, and nothing else."""
     kept.void.update(entry.request_id for entry in history.entries if entry.kind == VOID)
-    start = kept.snapshots[-1].covered if kept.snapshots else UNBORN
+    start = kept.snapshots[-1].covered if kept.snapshots else _before_first(history)
     log = blank.restarted(max(start, 0) + 1)
     for entry in history.entries:
         if entry.kind == GAP:
@@ -277,6 +278,13 @@ def _replayed_log(
         for request_id, failure in failures:
             keeper.books.fail(request_id, failure)
     return log
+
+
+def _before_first(history: RunHistory) -> int:
+    """Without a snapshot a log begins with the birth of its run, or with what came first after the journal
+    had forgotten a run that had no adapter."""
+    numbers = [entry.seq_id for entry in history.entries if entry.kind == COMMAND]
+    return min(numbers, default=0) - 1
 
 
 def _take_in(

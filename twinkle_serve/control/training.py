@@ -12,7 +12,7 @@ from typing import Any
 
 from twinkle_serve.config import LimitsConfig
 from twinkle_serve.control.acceptance import Acceptance
-from twinkle_serve.control.backend import Command, Invalid, PassCommand
+from twinkle_serve.control.backend import Command, Invalid, PassCommand, UnloadCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.clock import Clock, Timer
 from twinkle_serve.control.commands import BirthCommand
@@ -147,7 +147,8 @@ class Training:
             return self._accept.failed(tenant, run.down)  # its log may lack what others wait for
         driver = driver_of(self._drivers, run)
         num_bytes = len(command.datums) if isinstance(command, PassCommand) else 0
-        self._accept.check_room()
+        if not isinstance(command, UnloadCommand):  # which makes room
+            self._accept.check_room()
         if seq_id is None or seq_id != run.log.missing:  # what others wait for makes room
             self._books.quotas.check_room(tenant, num_bytes)
         self._check_parked(run, seq_id)
