@@ -7,11 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.testing.models import _attention, _build_random
 
 EngineFactory = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(models_root: Path) -> Path:
+    """Random Mixtral: 350 words, 2 layers of 64, 4 experts of which 2 answer."""
+    config = MixtralConfig(
+        **_attention(64, 2),
+        vocab_size=350,
+        intermediate_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    return _build_random(models_root, "mixtral", config, seed=0)
 
 
 @pytest.fixture(scope="session")

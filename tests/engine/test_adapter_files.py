@@ -69,13 +69,21 @@ def peft_model(directory: Path, adapter: Path, *, trainable: bool = False) -> Pe
     return PeftModel.from_pretrained(base, adapter, is_trainable=trainable).eval()
 
 
-@pytest.fixture(params=["tiny_moe", "tiny_qwen3", "tiny_llama"])
+@pytest.fixture(params=["tiny_moe", "tiny_mixtral", "tiny_qwen3", "tiny_llama"])
 def family(request: pytest.FixtureRequest) -> Path:
     directory: Path = request.getfixturevalue(request.param)
     return directory
 
 
-@pytest.mark.parametrize("flags", [{}, {"train_unembed": False}, {"train_attn": False}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"train_unembed": False},
+        {"train_attn": False},
+        {"train_attn": False, "train_unembed": False},
+    ],
+)
 def test_peft_reproduces_our_logprobs(
     flags: dict[str, bool], family: Path, engine_for: EngineFactory, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twinkle_serve.engine.layout import AdapterLayout, Target
 from twinkle_serve.engine.peft_format import export_peft, import_peft
+from twinkle_serve.engine.sharding.families import DENSE, MIXTURES, family_of
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.errors import UserError
 
@@ -44,7 +45,7 @@ def layout_of(model: PreTrainedModel) -> AdapterLayout:
             targets.append(Target("expert_gate", path, "mlp", hidden, inner, count))
             targets.append(Target("expert_up", path, "mlp", hidden, inner, count))
             targets.append(Target("expert_down", path, "mlp", inner, hidden, count))
-    return AdapterLayout.build(targets)
+    return AdapterLayout.build(targets, family_of(model.config.model_type))
 
 
 def random_block(layout: AdapterLayout, spec: LoraSpec, seed: int = 0) -> torch.Tensor:
@@ -88,7 +89,7 @@ def write(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tens
     save_file(tensors, directory / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["tiny_moe", "tiny_qwen3", "tiny_llama"])
+@pytest.mark.parametrize("family", ["tiny_moe", "tiny_mixtral", "tiny_qwen3", "tiny_llama"])
 @pytest.mark.parametrize(
     "trained",
     [
@@ -182,6 +183,30 @@ def test_keys_and_shapes_are_those_of_the_published_format() -> None:
     assert len(tensors) == 2 + 4 * 3 * 2 + 2 + 2
     assert config["target_modules"] == ["down_proj", "gate_proj", "lm_head", "q_proj", "up_proj"]
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 32, "base")
+
+
+def test_mixtral_s_experts_have_the_names_of_mixtral_s_files() -> None:
+    layout = AdapterLayout.build(LAYOUT.targets, MIXTURES["mixtral"])
+    spec = LoraSpec(rank=2, train_unembed=False)
+    config, tensors = export_peft(layout, random_block(layout, spec), spec, "base")
+    block = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    for name, fan_in, fan_out in (("w1", 5, 3), ("w3", 5, 3), ("w2", 3, 5)):
+        assert tensors[f"{block}.3.{name}.lora_A.weight"].shape == (2, fan_in)
+        assert tensors[f"{block}.3.{name}.lora_B.weight"].shape == (fan_out, 2)
+    assert config["target_modules"] == ["down_proj", "q_proj", "w1", "w2", "w3"]
+
+
+def test_adapters_written_with_qwen_s_names_for_mixtral_are_still_read() -> None:
+    layout, spec = AdapterLayout.build(LAYOUT.targets, MIXTURES["mixtral"]), LoraSpec(rank=2)
+    former = AdapterLayout(layout.targets, layout.row_size, DENSE)
+    config, tensors = export_peft(former, random_block(layout, spec), spec, "base")
+    assert GATE in tensors
+    block, found = import_peft(layout, config, tensors)
+    assert torch.equal(block, random_block(layout, spec))
+    assert found == spec
+    twice = tensors | export_peft(layout, block, spec, "base")[1]
+    with pytest.raises(UserError, match=r"under two names: .*experts.0.gate_proj"):
+        import_peft(layout, config, twice)
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -33,6 +33,7 @@ from twinkle_serve.engine.logprobs import (
 from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.packing import make_segments
 from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
+from twinkle_serve.engine.sharding.families import family_of
 from twinkle_serve.engine.sharding.files import WeightFiles, has_weights
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.engine.sharding.shares import Shares
@@ -210,7 +211,8 @@ def prepare(
     targets.append(Target("linear", "lm_head", "unembed", head.in_features, head.out_features))
     model.set_attn_implementation(attention.IMPLEMENTATION)
     model.config._experts_implementation = experts.IMPLEMENTATION
-    shares = Shares(AdapterLayout.build(targets), sharding.ranks, split_experts=sharding.splits_experts)
+    layout = AdapterLayout.build(targets, family_of(model.config.model_type))
+    shares = Shares(layout, sharding.ranks, split_experts=sharding.splits_experts)
     segments.grouped = _grouped(config, shares.layout, device, dtype)
     sharding.attach(model, grouped=segments.grouped)
     if not sharding.partitions_weights and _packs(config, model, device, dtype):

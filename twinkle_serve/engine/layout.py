@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from twinkle_serve.engine.sharding.families import DENSE, Family
+
 ALIGNMENT = 16
 """Offsets and row sizes are multiples of this many floats, so that every view is 64-byte aligned."""
 
@@ -78,13 +80,15 @@ class AdapterLayout:
 
     row_size: floats per rank, padding included. A block is float32 ``[rank, row_size]``; a pool of blocks is
     ``[slots, max_rank, row_size]``. Padding columns stay zero.
+    family: what an adapter's files call experts.
     """
 
     targets: tuple[Target, ...]
     row_size: int
+    family: Family = DENSE
 
     @classmethod
-    def build(cls, targets: Iterable[Target]) -> AdapterLayout:
+    def build(cls, targets: Iterable[Target], family: Family = DENSE) -> AdapterLayout:
         """Give targets their offsets, in the order they come.
 
         Raises ValueError when two targets have the same path and kind, or a shape makes no sense.
@@ -101,7 +105,7 @@ class AdapterLayout:
             b_offset = aligned(a_offset + target.a_width)
             end = aligned(b_offset + target.b_width)
             placed.append(replace(target, a_offset=a_offset, b_offset=b_offset))
-        return cls(tuple(placed), end)
+        return cls(tuple(placed), end, family)
 
     def a(self, block: torch.Tensor, target: Target) -> torch.Tensor:
         """A of a target: a view ``[..., rank, a_width]`` of a block or of a pool of blocks."""

@@ -1,8 +1,8 @@
 """An adapter's block as the content of a PEFT directory, and back, bit for bit.
 
-Knows PEFT's key names and configuration. Experts are written one by one, as PEFT, vLLM and the tinker
-cookbook expect: the factor that a layer's experts share is repeated for each. Does not know files or
-checkpoints (adapter_files.py) or the optimizer's moments, which PEFT has no place for.
+Knows PEFT's key names and configuration. Experts are written one by one, named as in the base model's files,
+as PEFT, vLLM and the tinker cookbook expect: the factor that a layer's experts share is repeated for each.
+Does not know files or checkpoints (adapter_files.py) or the optimizer's moments, which PEFT has no place for.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from twinkle_serve.engine.layout import AdapterLayout, Group, Target
+from twinkle_serve.engine.layout import AdapterLayout, Group, Kind, Target
+from twinkle_serve.engine.sharding.families import DENSE, Family, Part
 from twinkle_serve.engine.slots import LORA_ALPHA, trained_groups
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.errors import UserError
 
 MAX_RANK = 32
 _PREFIX = "base_model.model."
-_EXPERT_NAMES = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
+_EXPERT_PARTS: dict[Kind, Part] = {"expert_gate": "gate", "expert_up": "up", "expert_down": "down"}
+_ALL_GROUPS: tuple[Group, ...] = ("attn", "mlp", "unembed")
 _MUST_BE_OFF = (
     "modules_to_save",
     "rank_pattern",
@@ -39,7 +41,7 @@ def export_peft(
     """
     groups = trained_groups(spec)
     tensors = {slot.key: slot.read(layout, block) for slot in _tensors(layout, groups)}
-    trained = (target for target in layout.targets if target.group in groups)
+    trained = [_module_name(layout.family, target) for target in layout.targets if target.group in groups]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -50,7 +52,7 @@ def export_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted({_module_name(target).rsplit(".", 1)[-1] for target in trained}),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in trained}),
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
@@ -67,7 +69,8 @@ def import_peft(
     targets (attention, MLP, unembedding), have alpha 32, and share hidden-side factors among experts.
     """
     rank = _rank(config)
-    known = {slot.key: slot for slot in _tensors(layout, ("attn", "mlp", "unembed"))}
+    known = {slot.key: slot for slot in _tensors(layout, _ALL_GROUPS)}
+    tensors = _as_written_now(layout, tensors)
     unknown = [key for key in tensors if key not in known]
     if unknown:
         raise UserError(
@@ -131,9 +134,25 @@ class _Tensor(NamedTuple):
         place.copy_(tensor)
 
 
-def _tensors(layout: AdapterLayout, groups: Iterable[Group]) -> Iterator[_Tensor]:
-    """Every tensor of an adapter that trains ``groups``; a shared factor's first copy comes first."""
-    wanted = set(groups)
+def _as_written_now(layout: AdapterLayout, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of every family were once written with Qwen's names; such checkpoints are still read."""
+    former = _tensors(layout, _ALL_GROUPS, DENSE)
+    names = {old.key: new.key for old, new in zip(former, _tensors(layout, _ALL_GROUPS), strict=True)}
+    renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        twice = [key for key in tensors if names.get(key, key) != key and names[key] in tensors]
+        raise UserError(f"the adapter has tensors under two names: {_some(twice)}")
+    return renamed
+
+
+def _tensors(
+    layout: AdapterLayout, groups: Iterable[Group], family: Family | None = None
+) -> Iterator[_Tensor]:
+    """Every tensor of an adapter that trains ``groups``; a shared factor's first copy comes first.
+
+    family: whose names, if not those of the layout.
+    """
+    wanted, family = set(groups), family or layout.family
     for target in layout.targets:
         if target.group not in wanted:
             continue
@@ -141,15 +160,15 @@ def _tensors(layout: AdapterLayout, groups: Iterable[Group]) -> Iterator[_Tensor
             factor = "lora_A" if is_a else "lora_B"
             per_expert = target.num_experts > 0 and (target.kind == "expert_down") == is_a
             for expert in range(max(1, target.num_experts)):
-                key = f"{_PREFIX}{_module_name(target, expert)}.{factor}.weight"
+                key = f"{_PREFIX}{_module_name(family, target, expert)}.{factor}.weight"
                 shared = target.num_experts > 0 and not per_expert and expert > 0
                 yield _Tensor(key, target, is_a, expert if per_expert else 0, shared)
 
 
-def _module_name(target: Target, expert: int = 0) -> str:
+def _module_name(family: Family, target: Target, expert: int = 0) -> str:
     if target.kind == "linear":
         return target.path
-    return f"{target.path}.{expert}.{_EXPERT_NAMES[target.kind]}"
+    return family.expert(target.path, expert, _EXPERT_PARTS[target.kind])
 
 
 def _rank(config: Mapping[str, Any]) -> int:

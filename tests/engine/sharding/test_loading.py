@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.engine.sharding import remote
 from tests.engine.sharding.compare import passes
@@ -22,7 +22,7 @@ from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.sharding.loading import fill, is_fused_experts, keep_experts, skeleton
 from twinkle_serve.engine.unsupported import UnsupportedModel
 from twinkle_serve.testing.crew import Crew, CrewError
-from twinkle_serve.testing.models import _attention, _build_random, build_tiny_qwen3_moe
+from twinkle_serve.testing.models import build_tiny_qwen3_moe
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -35,19 +35,6 @@ def build(directory: Path, family: Family, experts: range | None = None) -> torc
         assert keep_experts(model, experts) > 0
     fill(model, WeightFiles(directory), family, place, experts.start if experts is not None else 0)
     return model
-
-
-@pytest.fixture(scope="session")
-def tiny_mixtral(models_root: Path) -> Path:
-    config = MixtralConfig(
-        **_attention(64, 2),
-        vocab_size=350,
-        intermediate_size=32,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    return _build_random(models_root, "mixtral", config, seed=0)
 
 
 @pytest.mark.parametrize("name", ["tiny_qwen3", "tiny_llama", "tiny_moe", "tiny_mixtral"])

@@ -1,4 +1,4 @@
-"""Model families: what a checkpoint calls the parts that a rank reads by themselves.
+"""Model families: what files, those of base models and of adapters, call the experts of a mixture.
 
 Knows names only. A family is here once its sharded logits were compared with Hugging Face's (the tests do).
 Dense models need no entry: their checkpoints name every weight as the model does.
@@ -7,11 +7,14 @@ Dense models need no entry: their checkpoints name every weight as the model doe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["gate", "up", "down"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Experts ``gate``, ``up`` and ``down`` of a layer are ``{block}.{expert}.{name}.weight`` in the files.
+    """The parts of a layer's experts are the modules ``{block}.{expert}.{name}`` in the files.
 
     renamed: parts of parameter names in the model, and what the files have in their place.
     """
@@ -26,8 +29,10 @@ class Family:
             name = name.replace(ours, theirs)
         return name
 
-    def expert(self, block: str, expert: int, projection: str) -> str:
-        return f"{self.in_files(block)}.{expert}.{projection}.weight"
+    def expert(self, block: str, expert: int, part: Part) -> str:
+        """What the files call a part of an expert. block: the model's name of a layer's experts."""
+        name = {"gate": self.gate, "up": self.up, "down": self.down}[part]
+        return f"{self.in_files(block)}.{expert}.{name}"
 
 
 MIXTURES: dict[str, Family] = {
@@ -37,3 +42,7 @@ MIXTURES: dict[str, Family] = {
 """By ``model_type``: the mixtures of experts whose experts can be split over ranks."""
 
 DENSE = Family()
+
+
+def family_of(model_type: str | None) -> Family:
+    return MIXTURES.get(model_type or "", DENSE)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from twinkle_serve.engine.sharding.families import Family
+from twinkle_serve.engine.sharding.families import Family, Part
 from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.unsupported import UnsupportedModel
 
@@ -114,11 +114,11 @@ def _read_experts(
             raise UnsupportedModel(f"{name} has shape {[total, *rest]}, not {list(wanted.shape)}")
         return files.read(name, first, first + count).to(wanted.dtype)
     tensor = torch.empty(wanted.shape, dtype=wanted.dtype)
-    parts = (family.gate, family.up) if leaf == "gate_up_proj" else (family.down,)
+    parts: tuple[Part, ...] = ("gate", "up") if leaf == "gate_up_proj" else ("down",)
     height = wanted.shape[1] // len(parts)
     for expert in range(count):
         for index, part in enumerate(parts):
-            key = family.expert(block, first + expert, part)
+            key = f"{family.expert(block, first + expert, part)}.weight"
             _check(key, (height, wanted.shape[2]), files)
             tensor[expert, index * height : (index + 1) * height] = files.read(key)
     return tensor

@@ -162,7 +162,7 @@ def share_layout(whole: AdapterLayout, rank: int, size: int) -> tuple[AdapterLay
             targets[index], end = replace(target, a_offset=end), aligned(end + target.a_width)
         if target.b_per_expert:
             targets[index], end = replace(targets[index], b_offset=end), aligned(end + target.b_width)
-    return AdapterLayout(tuple(targets), end), num_replicated
+    return AdapterLayout(tuple(targets), end, whole.family), num_replicated
 
 
 def replicated_spans(whole: AdapterLayout, share: AdapterLayout) -> Iterator[Span]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.layers import LoraLinear
-from twinkle_serve.engine.sharding.families import DENSE, MIXTURES
+from twinkle_serve.engine.sharding.families import DENSE, MIXTURES, family_of
 from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.sharding.loading import fill, is_fused_experts, skeleton
 from twinkle_serve.engine.sharding.ranks import RankLost, Ranks
@@ -58,7 +58,7 @@ class Zero3(Sharding):
             "%s: sampling gathers every weight for each token under zero3; it is slow", config.name
         )
         model = skeleton(model_config, dtype)
-        family = MIXTURES.get(model_config.model_type, DENSE)
+        family = family_of(model_config.model_type)
         if family is DENSE and any(is_fused_experts(module) for module in model.modules()):
             raise UnsupportedModel(
                 f"{directory} is a {model_config.model_type}, a mixture of experts that is not known here; "
