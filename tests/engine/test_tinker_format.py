@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,14 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-def test_merged_files_compute_what_peft_computes(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_mixtral", "untied", "tied"])
+def test_merged_files_compute_what_peft_computes(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if name.startswith("tiny"):
+        base: Path = request.getfixturevalue(name)
+    else:
+        base = build_tiny_llama(tmp_path, tie_word_embeddings=name == "tied")
     peft, _ = adapters(base, tmp_path)
     changed = merge_adapter(base, peft, tmp_path / "merged")
     expected = logits_of(
@@ -92,16 +100,18 @@ def test_the_cookbook_builds_from_the_hosted_layout(
         torch.testing.assert_close(tensor, mine[name], rtol=1e-5, atol=1e-6)
 
 
-def test_fused_experts_are_merged_too(tiny_moe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_mixtral"])
+def test_fused_experts_are_merged_too(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A base model on disk as transformers has it in memory: gate and up in one tensor of all experts."""
-    peft, _ = adapters(tiny_moe, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    base: Path = request.getfixturevalue(name)
+    peft, _ = adapters(base, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     fused = tmp_path / "fused"
     fused.mkdir()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fused / "model.safetensors")
-    (fused / "config.json").write_bytes((tiny_moe / "config.json").read_bytes())
+    (fused / "config.json").write_bytes((base / "config.json").read_bytes())
     merge_adapter(fused, peft, tmp_path / "from fused")
-    merge_adapter(tiny_moe, peft, tmp_path / "from single")
+    merge_adapter(base, peft, tmp_path / "from single")
     expected = AutoModelForCausalLM.from_pretrained(
         tmp_path / "from single", dtype=torch.float32
     ).state_dict()
@@ -109,6 +119,28 @@ def test_fused_experts_are_merged_too(tiny_moe: Path, tmp_path: Path) -> None:
     assert any(key.endswith("experts.gate_up_proj") for key in found)
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_with_the_former_names_of_experts_is_merged_too(
+    tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    peft, _ = adapters(tiny_mixtral, tmp_path)
+    tensors = load_file(peft / "adapter_model.safetensors")
+    shutil.copytree(peft, tmp_path / "former")
+    for ours, theirs in (
+        ("block_sparse_moe", "mlp"),
+        ("w1", "gate_proj"),
+        ("w3", "up_proj"),
+        ("w2", "down_proj"),
+    ):
+        tensors = {key.replace(f".{ours}.", f".{theirs}."): tensor for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "former" / "adapter_model.safetensors")
+    for name in ("peft", "former"):
+        merge_adapter(tiny_mixtral, tmp_path / name, tmp_path / f"merged {name}")
+    expected, found = (
+        (tmp_path / f"merged {name}" / "model.safetensors").read_bytes() for name in ("peft", "former")
+    )
+    assert found == expected
 
 
 def test_an_adapter_of_another_model_is_refused_and_leaves_nothing(tiny_moe: Path, tmp_path: Path) -> None:

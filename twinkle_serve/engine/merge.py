@@ -1,13 +1,14 @@
 """An adapter added into its base model: a Hugging Face directory that needs no LoRA to be served.
 
-Works tensor by tensor on files, without loading the model: one tensor is in memory at a time. Knows the
-names of PEFT's keys and of base models' tensors, experts one by one or fused. Does not know checkpoints'
-owners or where they are kept.
+Works tensor by tensor on files, without loading the model: one tensor is in memory at a time. Knows PEFT's
+keys and base models' tensors, experts one by one or fused, by the names of the model's family. Does not know
+checkpoints' owners or where they are kept.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -19,10 +20,12 @@ import torch
 from safetensors import safe_open
 
 from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
+from twinkle_serve.engine.sharding.families import Family, Part, family_of
 
 _PREFIX = "base_model.model."
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj")
 # Configuration, tokenizer and chat template; never code.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
@@ -44,7 +47,8 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
     base, adapter, output = Path(base), Path(adapter), Path(output)
     output.mkdir(parents=True)
     try:
-        delta = _Delta(adapter)
+        model_type = json.loads((base / "config.json").read_bytes()).get("model_type")
+        delta = _Delta(adapter, family_of(model_type))
         sources = list(_sources(base, delta))
         index: dict[str, str] = {}
         for name in sorted({source.file.name for source in sources}):
@@ -77,32 +81,35 @@ def _sources(base: Path, delta: _Delta) -> Iterator[_Source]:
 
 
 class _Delta:
-    """What an adapter adds to each tensor."""
+    """What an adapter adds to each tensor. family: of the base model."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, family: Family) -> None:
         config = json.loads((directory / CONFIG).read_bytes())
         self._scale = config["lora_alpha"] / config["r"]
         self._file = safe_open(directory / WEIGHTS, "pt")
+        self._family = family
         keys = list(self._file.keys())
-        self._modules = {key.removesuffix(".lora_A.weight"): False for key in keys if ".lora_A." in key}
+        names = [key.removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key]
+        # By what the base model's files call the module.
+        self._modules = {self._in_files(name.removeprefix(_PREFIX)): name for name in names}
+        self._used: set[str] = set()
         self.num_changed = 0
 
     @property
     def unused(self) -> list[str]:
-        return [module for module, used in self._modules.items() if not used]
+        return [key for module, key in self._modules.items() if module not in self._used]
 
     def touches(self, name: str) -> bool:
-        return _PREFIX + name.removesuffix(".weight") in self._modules
+        return name.removesuffix(".weight") in self._modules
 
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """``weight`` with what the adapter has for it, computed in float32, in its own type."""
         if name.endswith(".experts.gate_up_proj"):
-            parts = self._experts(name.removesuffix("gate_up_proj"), ("gate_proj", "up_proj"), weight)
+            parts = self._experts(name.removesuffix(".gate_up_proj"), ("gate", "up"), weight)
         elif name.endswith(".experts.down_proj"):
-            parts = self._experts(name.removesuffix("down_proj"), ("down_proj",), weight)
+            parts = self._experts(name.removesuffix(".down_proj"), ("down",), weight)
         else:
-            module = _PREFIX + name.removesuffix(".weight")
-            parts = None if module not in self._modules else self._product(module)
+            parts = self._product(name.removesuffix(".weight")) if self.touches(name) else None
         if parts is None:
             return weight
         if parts.shape != weight.shape:
@@ -112,21 +119,26 @@ class _Delta:
         self.num_changed += 1
         return (weight.float() + parts).to(weight.dtype)
 
-    def _experts(
-        self, prefix: str, projections: tuple[str, ...], weight: torch.Tensor
-    ) -> torch.Tensor | None:
-        """For a fused tensor ``[experts, out, in]``: the projections one below the other."""
-        modules = [
-            [f"{_PREFIX}{prefix}{expert}.{name}" for name in projections] for expert in range(weight.shape[0])
-        ]
+    def _in_files(self, module: str) -> str:
+        """Adapters call experts as the files do or, as all adapters were once written, as Qwen's are."""
+        match = _EXPERT.fullmatch(module)
+        if match is None:
+            return module
+        block, expert, part = match.groups()
+        return self._family.expert(block, int(expert), part)  # type: ignore[arg-type]
+
+    def _experts(self, block: str, parts: tuple[Part, ...], weight: torch.Tensor) -> torch.Tensor | None:
+        """For a fused tensor ``[experts, out, in]``: the parts one below the other."""
+        modules = [[self._family.expert(block, e, part) for part in parts] for e in range(weight.shape[0])]
         if modules[0][0] not in self._modules:
             return None
         return torch.stack([torch.cat([self._product(module) for module in row]) for row in modules])
 
     def _product(self, module: str) -> torch.Tensor:
-        self._modules[module] = True
-        a = self._file.get_tensor(f"{module}.lora_A.weight").float()
-        b = self._file.get_tensor(f"{module}.lora_B.weight").float()
+        self._used.add(module)
+        key = self._modules[module]
+        a = self._file.get_tensor(f"{key}.lora_A.weight").float()
+        b = self._file.get_tensor(f"{key}.lora_B.weight").float()
         product: torch.Tensor = self._scale * (b @ a)
         return product
 
