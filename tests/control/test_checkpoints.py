@@ -156,3 +156,19 @@ def test_overwriting_makes_a_checkpoint_the_newest(checkpoints):
     save(checkpoints, "b")
     save(checkpoints, "a", overwrite=True)
     assert [record.name for record in checkpoints.of_tenant("alice")] == ["a", "b"]
+
+
+def test_what_cannot_be_deleted_stays_listed_and_expires_later(checkpoints, catalog, monkeypatch):
+    record = save(checkpoints, expires_at=100.0)
+    monkeypatch.setattr(catalog, "delete_checkpoint", lambda *key: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.expire(100.0)
+    assert checkpoints.find("alice", PATH) == record
+    assert checkpoints.bytes_of("alice") == 7
+    assert Path(record.directory).exists()
+    monkeypatch.undo()
+    checkpoints.expire(100.0)
+    assert checkpoints.of_run("run") == []
+    assert checkpoints.bytes_of("alice") == 0
+    assert not Path(record.directory).exists()

@@ -38,20 +38,20 @@ def test_silence_expires_a_session_and_a_heartbeat_brings_it_back(sessions, save
     quiet = sessions.create("alice", {}, 0.0)
     lively = sessions.create("alice", {}, 0.0)
     sessions.heartbeat("alice", lively, 300.0)
-    assert sessions.expire(EXPIRY_S - 1) == []
-    assert sessions.expire(EXPIRY_S) == [quiet]
-    assert sessions.expire(EXPIRY_S) == []
+    assert list(sessions.expire(EXPIRY_S - 1)) == []
+    assert list(sessions.expire(EXPIRY_S)) == [quiet]
+    assert list(sessions.expire(EXPIRY_S)) == []
     assert saved[-1].status == "expired"
     assert sessions.heartbeat("alice", quiet, 5000.0)
     assert saved[-1].status == "active"
-    assert sessions.expire(5000.0) == [lively]
-    assert sessions.expire(5000.0 + EXPIRY_S) == [quiet]
+    assert list(sessions.expire(5000.0)) == [lively]
+    assert list(sessions.expire(5000.0 + EXPIRY_S)) == [quiet]
 
 
 def test_use_is_a_sign_of_life(sessions):
     session_id = sessions.create("alice", {}, 0.0)
     sessions.usable("alice", session_id, 500.0)
-    assert sessions.expire(EXPIRY_S) == []
+    assert list(sessions.expire(EXPIRY_S)) == []
 
 
 def test_the_first_reason_to_finish_stands(sessions, saved):
@@ -62,7 +62,7 @@ def test_the_first_reason_to_finish_stands(sessions, saved):
     assert not sessions.heartbeat("alice", session_id, 1.0)
     with pytest.raises(Invalid):
         sessions.usable("alice", session_id, 1.0)
-    assert sessions.expire(1e9) == []
+    assert list(sessions.expire(1e9)) == []
 
 
 def test_listing_is_by_tenant_newest_first(sessions):
@@ -76,6 +76,23 @@ def test_restored_sessions_keep_their_status_and_get_time_to_call(sessions, save
     for status in ("active", "finished", "expired"):
         sessions.restore(SessionRecord(status, "alice", 0.0, {}, status), 1000.0)
     assert saved == []
-    assert sessions.expire(1000.0 + EXPIRY_S - 1) == []
-    assert sessions.expire(1000.0 + EXPIRY_S) == ["active"]
+    assert list(sessions.expire(1000.0 + EXPIRY_S - 1)) == []
+    assert list(sessions.expire(1000.0 + EXPIRY_S)) == ["active"]
     assert not sessions.heartbeat("alice", "finished", 0.0)
+
+
+def test_a_session_whose_end_cannot_be_saved_goes_on_until_it_can(sessions, monkeypatch):
+    ids = [sessions.create("alice", {}, 0.0) for _ in range(3)]
+    save = sessions._save
+    monkeypatch.setattr(
+        sessions, "_save", lambda record: save(record) if record.session_id == ids[0] else 1 / 0
+    )
+    expiring = sessions.expire(EXPIRY_S)
+    assert next(expiring) == ids[0], "what was saved is told"
+    for attempt in (lambda: next(expiring), lambda: sessions.finish("alice", ids[2], {})):
+        with pytest.raises(ZeroDivisionError):
+            attempt()
+    assert [sessions.is_active(each) for each in ids] == [False, True, True]
+    assert {sessions.get("alice", each).record.status for each in ids[1:]} == {"active"}
+    monkeypatch.undo()
+    assert list(sessions.expire(EXPIRY_S)) == ids[1:]

@@ -49,19 +49,22 @@ class Books:
         self.promises.resolve(request_id, value, self.clock.now(), num_bytes)
         self.watch.settled(request_id, None)
 
-    def sweep(self) -> list[str]:
-        """Forget what is past its time: results, checkpoints, silent sessions; the ids of the latter."""
-        now = self.clock.now()
-        for origin in self.promises.sweep(now):
+    def sweeps(self) -> tuple[Callable[[], object], ...]:
+        """Steps that forget or write down what is due; each can be taken whatever becomes of the others."""
+        return (
+            self._forget_results,
+            lambda: self.checkpoints.expire(self.clock.now()),
+            self.usage.sweep,
+            lambda: self.watch.forget_stale(self.promises.is_pending),
+        )
+
+    def _forget_results(self) -> None:
+        for origin in self.promises.sweep(self.clock.now()):
             match origin:
                 case ("run", str(run_id), int(seq_id)) if run := self.runs.find(run_id):
                     run.log.forget(seq_id)
                 case ("sampler", str(sampler_id), int(seq_id)):
                     self.samplers.forget(sampler_id, seq_id)
-        self.checkpoints.expire(now)
-        self.usage.sweep()
-        self.watch.forget_stale(self.promises.is_pending)
-        return self.sessions.expire(now)
 
 
 def open_books(

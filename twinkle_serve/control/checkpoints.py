@@ -180,11 +180,11 @@ class Checkpoints:
     def delete(self, record: CheckpointRecord, event: str = "deleted") -> None:
         """Take it out of the list at once; its files go when nobody reads them."""
         key = key_of(record)
+        self._catalog.delete_checkpoint(*key)
         self.sizes[record.tenant] -= self._size(key)
         del self._records[key]
         del self._by_run[record.run_id][key]
         del self._by_tenant[record.tenant][key]
-        self._catalog.delete_checkpoint(*key)
         if self._pins[record.directory]:
             self._doomed.add(record.directory)
         elif not self._saving[key]:  # an overwriting save brings its own files there
@@ -194,10 +194,11 @@ class Checkpoints:
     def expire(self, now: float) -> None:
         """Delete what is past its time. A changed or cancelled time left a stale entry: skip it."""
         while self._expiry and self._expiry[0][0] <= now:
-            expires_at, key = heapq.heappop(self._expiry)
+            expires_at, key = self._expiry[0]
             record = self._records.get(key)
             if record is not None and record.expires_at == expires_at:
                 self.delete(record, "expired")
+            heapq.heappop(self._expiry)
 
     def _size(self, key: Key) -> int:
         record = self._records.get(key)

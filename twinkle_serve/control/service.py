@@ -8,6 +8,7 @@ record is on_record.py's.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ from twinkle_serve.storage.records import SamplerRecord
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
     from twinkle_serve.storage.ledger import Ledger
+
+logger = logging.getLogger(__name__)
 
 _SWEEP_EVERY_S = 5.0
 _LISTING_S = 2.0
@@ -337,20 +340,37 @@ class ControlPlane(Management):
         run = self._books.runs.find(run_id)
         if self._keeper is not None and run is not None and not run.record.unloaded:
             self._keeper.park(run)
-            self._drivers[run.group].wake()
+            driver = self._drivers.get(run.group)
+            if driver is not None:  # its base model may be served no more
+                driver.wake()
 
     def _sweep(self) -> None:
-        for session_id in self._books.sweep():
+        """A step that fails, for want of room on the disk perhaps, is left to the next sweep; no other is."""
+        own = (self._expire_sessions, self._sampling.sweep, self._wake_waiting, self._sweep_journal)
+        try:
+            for step in (*self._books.sweeps(), *own):
+                try:
+                    step()
+                except Exception:
+                    logger.exception("a step of the sweep failed; the next sweep is in %g s", _SWEEP_EVERY_S)
+        finally:
+            self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)
+
+    def _expire_sessions(self) -> None:
+        for session_id in self._books.sessions.expire(self._clock.now()):
             self._sampling.end_session(session_id)
             for run_id in self._books.sessions.runs_of(session_id):
                 self._park(run_id)
-        self._sampling.sweep()
+
+    def _wake_waiting(self) -> None:
+        """What waits for room may have got some."""
         for driver in self._drivers.values():
             if driver.planner.has_work:
-                driver.wake()  # what waits for room may have got some
+                driver.wake()
+
+    def _sweep_journal(self) -> None:
         if self._keeper is not None:
             self._keeper.sweep()
             for driver in self._drivers.values():
                 if self._keeper.due(driver.name):
                     driver.wake()
-        self._sweep_timer = self._clock.call_later(_SWEEP_EVERY_S, self._sweep)

@@ -5,7 +5,7 @@ Knows tenants and time. Does not know runs, samplers or what is freed when a ses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,21 +113,20 @@ class Sessions:
         session = self.get(tenant, session_id)
         if session.record.status == "finished":
             return False
-        self._active.pop(session_id, None)
         self._set_status(session, "finished", reason)
+        self._active.pop(session_id, None)
         return True
 
-    def expire(self, now: float) -> list[str]:
-        """Mark the sessions that have been silent for too long; their ids."""
-        expired = []
+    def expire(self, now: float) -> Iterator[str]:
+        """Mark the sessions that have been silent for too long, one by one; their ids. One that cannot be
+        saved stays active, for the next time."""
         while self._active:
             session_id, session = next(iter(self._active.items()))
             if now - session.last_seen < self._expiry_s:
                 break
-            del self._active[session_id]
             self._set_status(session, "expired", None)
-            expired.append(session_id)
-        return expired
+            del self._active[session_id]
+            yield session_id
 
     def list(self, tenant: str, limit: int, offset: int) -> list[str]:
         """A page of the tenant's session ids, newest first."""
@@ -142,5 +141,6 @@ class Sessions:
         self._active[session_id] = session
 
     def _set_status(self, session: Session, status: str, reason: Mapping[str, Any] | None) -> None:
-        session.record = replace(session.record, status=status, finish_reason=reason)
-        self._save(session.record)
+        record = replace(session.record, status=status, finish_reason=reason)
+        self._save(record)
+        session.record = record

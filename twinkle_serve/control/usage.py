@@ -72,9 +72,11 @@ class Usage:
         hours, self._written_at = (now - self._written_at) / HOUR_S, now
         for tenant, num_bytes in self._checkpoints.sizes.items():
             self._count(tenant, "", "", "storage", hours * num_bytes / _GIGABYTE)
-        counted, self._unwritten = self._unwritten, Counter()
-        if self._ledger is not None and counted:
-            self._ledger.add(counted)
+        if self._ledger is None:
+            self._unwritten.clear()
+        elif self._unwritten:
+            self._ledger.add(self._unwritten)
+            self._unwritten.clear()  # not before: what could not be written is written next time
             self._ledger.forget(now - _KEPT_S)
 
     def _count(self, tenant: str, session_id: str, base_model: str, kind: str, amount: float) -> None:
