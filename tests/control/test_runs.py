@@ -75,3 +75,13 @@ def test_listing_is_newest_first(runs):
     runs.create(record(9, tenant="bob"))
     assert [run.record.model_seq_id for run in runs.of_tenant("alice")] == [2, 1, 0]
     assert runs.of_tenant("carol") == []
+
+
+def test_a_run_that_cannot_be_saved_does_not_exist_and_may_be_created_again(saved):
+    full = [True]
+    runs = Runs(300.0, lambda record: 1 / 0 if full[0] else saved.append(record))
+    with pytest.raises(ZeroDivisionError):
+        runs.create(record())
+    assert runs.of_tenant("alice") == runs.of_model("base") == []
+    full[0] = False
+    assert runs.create(record()).record == saved[-1]

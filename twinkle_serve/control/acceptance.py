@@ -26,10 +26,7 @@ class Acceptance:
         self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False, num_bytes: int = 0
     ) -> str:
         """A promise for what ``origin`` asks. Raises Busy or BackendUnavailable."""
-        if self.closed:
-            raise BackendUnavailable(STOPPING.message)
-        if self._books.promises.is_full:
-            raise Busy(_RESULTS, CAPACITY)
+        self._check_open()
         if sampling:
             self._books.quotas.check_room(tenant, num_bytes)
         request_id = self._books.promises.open(tenant, origin, sampling, num_bytes)
@@ -49,6 +46,14 @@ class Acceptance:
         return request_id
 
     def check_room(self) -> None:
-        """Raises BackendUnavailable or Busy where the journal has no room."""
+        """Raises BackendUnavailable or Busy where nothing more is accepted, for want of room in the journal
+        too. For those who make something before they can ``open``: a refusal must not leave it behind."""
+        self._check_open()
         if self._keeper is not None:
             self._keeper.check_room()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise BackendUnavailable(STOPPING.message)
+        if self._books.promises.is_full:
+            raise Busy(_RESULTS, CAPACITY)

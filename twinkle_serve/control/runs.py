@@ -63,9 +63,9 @@ class Runs:
         self._by_tenant: dict[str, list[str]] = {}
 
     def create(self, record: RunRecord) -> Run:
-        run = self._add(record, _UNBORN, 1)
-        self.save(run)
-        return run
+        assert record.run_id not in self._runs
+        self._save(record)  # first: what cannot be saved does not exist, and may be asked for again
+        return self._add(record, _UNBORN, 1)
 
     def restore(self, record: RunRecord) -> Run:
         """A run of an earlier life of this server: listed, but its adapter is gone."""
