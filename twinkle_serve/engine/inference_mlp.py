@@ -239,13 +239,14 @@ def mlp_of(base: BaseModel, module: Any) -> Mlp | None:
     if base.segments.grouped:
         return RoutedModule(module)
     router, experts = module.gate, module.experts
-    if not hasattr(experts, "twinkle_targets") or getattr(router, "bias", None) is not None:
+    if not hasattr(experts, "twinkle_targets") or set(router.state_dict()) != {"weight"}:
         return None
     targets = experts.twinkle_targets
     return ExpertsMlp(
         router=router.weight.detach().t(),
         top_k=int(router.top_k),
-        normalized=bool(getattr(router, "norm_topk_prob", False)),
+        # A router without a switch, such as Mixtral's, always normalizes.
+        normalized=bool(getattr(router, "norm_topk_prob", True)),
         gate_up=matrices(experts.gate_up_proj),
         down=matrices(experts.down_proj),
         targets=(targets.gate, targets.up, targets.down),
