@@ -349,6 +349,33 @@ def test_out_of_memory_in_the_middle_of_backward_leaves_nothing_behind(
         assert float((grad - moe.pool.blocks(slot)[1]).norm()) <= 1e-6 * float(grad.norm())
 
 
+def test_without_memory_for_a_copy_of_gradients_the_copy_is_kept_on_the_host(
+    moe: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(12)
+    create(moe, 0, LoraSpec(rank=4), moved=True)
+    forward_backward(moe, 0, random_batch(rng, [6]))
+    before = moe.pool.blocks(0)[1].clone()
+    good, bad = random_batch(rng, [4, 2]), with_column(random_batch(rng, [4]), "weights", 0, np.nan)
+    real, calls = torch.Tensor.clone, []
+
+    def failing(tensor: torch.Tensor, **options: object) -> torch.Tensor:
+        if tensor.shape == before.shape and not calls:
+            calls.append(tensor)
+            raise torch.OutOfMemoryError("planted")
+        return real(tensor, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "clone", failing)
+    found = run_passes(moe, [make_pass("bad", 0, bad)])
+    assert calls
+    assert found["bad"].failure is not None
+    assert torch.equal(moe.pool.blocks(0)[1], before)
+    calls.clear()
+    assert run_passes(moe, [make_pass("good", 0, good)])["good"].failure is None
+    assert calls
+    assert not torch.equal(moe.pool.blocks(0)[1], before)
+
+
 def test_a_bug_in_one_request_is_a_server_error_of_that_request(
     moe: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,7 @@ class Trainer:
         """Gradients before this tick, per slot that will get some; None where there are none yet."""
         slots = {state.request.slot for state in states if state.request.backward}
         return {
-            slot: self._pool.blocks(slot)[1].clone() if self._pool.has_grads[slot] else None for slot in slots
+            slot: _copy(self._pool.blocks(slot)[1]) if self._pool.has_grads[slot] else None for slot in slots
         }
 
     def _restore(self, slots: set[int], backups: dict[int, torch.Tensor | None]) -> None:
@@ -174,6 +174,14 @@ class Trainer:
             rows = int(state.batch.lengths[[*piece.indices]].sum())
             found.append((self._pool.adapter(state.request.slot), rows))
         return found or [(None, 1)]
+
+
+def _copy(block: torch.Tensor) -> torch.Tensor:
+    """On the host if the device is full: without a copy no request could fail alone."""
+    try:
+        return block.clone()
+    except torch.OutOfMemoryError:
+        return block.to("cpu", copy=True)
 
 
 def _take_note(report: Report, states: Mapping[int, _PassState]) -> None:
