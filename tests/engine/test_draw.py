@@ -142,6 +142,14 @@ def test_a_wide_nucleus_is_not_cut_at_the_candidates_sorted_first() -> None:
     assert 2350 < int(rank_of[tokens].max()) < 2510
 
 
+def test_top_p_is_a_share_of_what_a_wide_top_k_leaves() -> None:
+    """220 of 1,100 equal tokens, whatever the neighbours' parameters are; not 819 of all 4,096."""
+    rows = [DrawParams(1.0, 1_100, 0.2, (n + 0.5) / 1_100) for n in range(1_100)]
+    assert draw_tokens(torch.zeros(1_100, 4096), rows).tokens.unique().numel() == 220
+    rows += [params(1.0, top_p=0.9), params(1.0, top_k=5, top_p=0.5), params(1.0, top_k=2_000)]
+    assert draw_tokens(torch.zeros(1_103, 4096), rows).tokens[:1_100].unique().numel() == 220
+
+
 def test_reported_best_tokens_are_those_of_the_softened_distribution() -> None:
     logits = torch.randn(2, 40)
     drawn = draw_tokens(logits.clone(), [params(0.5, top_k=1), params(0.0)], topk=3)

@@ -21,7 +21,8 @@ _BLOCK = 512
 """A drawn number is looked up among sums of this many tokens first, and then inside one block."""
 
 _CANDIDATES = 1024
-"""Tokens sorted to be cut by top_k and top_p; a row whose nucleus is wider sorts more, and then more."""
+"""Tokens sorted to be cut by top_k and top_p, or the largest top_k if that is more; a row that top_p alone
+cuts, and whose nucleus is wider, sorts more, and then more."""
 
 _EMPTY_CELL = (0, -99999.0)
 
@@ -161,13 +162,15 @@ def _truncated(
     """The likeliest tokens, best first, cut by top_k and then by top_p, and one of them drawn."""
     vocab_size, device = logits.shape[1], logits.device
     limits = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    width = min(max(limits), num_candidates)
+    # top_p is a share of what top_k leaves, so all that it leaves has to be sorted.
+    largest_cut = max((limit for limit in limits if limit < vocab_size), default=0)
+    width = min(max(limits), max(num_candidates, largest_cut))
     top_k = torch.tensor(limits, device=device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
     best, token_ids = mass.tokens.topk(width, dim=1)
     best = best.double()
     best[:, 1:].masked_fill_(torch.arange(1, width, device=device) >= top_k[:, None], 0)
-    # top_p is a share of what top_k leaves; a row that top_k does not cut here has its whole mass.
+    # A row that top_k does not cut has its whole mass.
     cumulative = best.cumsum(dim=1)
     nucleus = top_p * torch.where(top_k <= width, cumulative[:, -1], mass.total.squeeze(1))
     best[:, 1:].masked_fill_(cumulative[:, :-1] >= nucleus[:, None], 0)
