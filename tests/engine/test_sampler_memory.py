@@ -111,6 +111,18 @@ def test_a_cache_of_a_broken_block_holds_what_its_whole_blocks_hold(
     assert outcome.failure.category == "user"
 
 
+def test_best_tokens_take_the_memory_of_their_own_k(moe: Engine) -> None:
+    """Not that of a neighbour in the batch who asks for more."""
+    samples = tuple(
+        make_sample(f"{k}", PROMPT, max_tokens=64, seed=k, topk_sample_logprobs=k) for k in (1, 40)
+    )
+    list(moe.run(Tick(1, samples=samples, decode_budget_s=1e-9)))
+    kept = [part for s in moe._sampler._decoding for part in (*s.topk_ids, *s.topk_logprobs) if s.topk == 1]
+    assert kept
+    assert all(part.base is None for part in kept)
+    run(moe, cancels=("1", "40"))
+
+
 def test_samples_of_one_prompt_share_it(moe: Engine) -> None:
     prompt = list(range(8 * BLOCK_TOKENS + 1))
     request = make_sample("s", prompt, max_tokens=4, num_samples=6, seed=1)

@@ -361,8 +361,9 @@ class Sampler:
         if drawn.topk is not None:
             for row, sequence in enumerate(sequences):
                 if sequence.topk:
-                    sequence.topk_ids.append(drawn.topk.token_ids[row, : sequence.topk])
-                    sequence.topk_logprobs.append(drawn.topk.logprobs[row, : sequence.topk])
+                    # Copies: a view would keep the whole array, as wide as the largest k of the batch.
+                    sequence.topk_ids.append(drawn.topk.token_ids[row, : sequence.topk].copy())
+                    sequence.topk_logprobs.append(drawn.topk.logprobs[row, : sequence.topk].copy())
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         sequence.stop_reason = reason
