@@ -60,6 +60,8 @@ def test_check_config_says_what_is_served(config: Path, capsys: pytest.CaptureFi
             "auth.mode open lets anybody in, so http.host 0.0.0.0 must be a loopback address",
         ),
         ("nonsense", "--set 'nonsense': expected dotted.key=value"),
+        ("http.port=[", "--set 'http.port=[': the value is not YAML; quote it"),
+        ("models.0.name=@x", "--set 'models.0.name=@x': the value is not YAML; quote it"),
     ],
 )
 @pytest.mark.parametrize("command", ["up", "check-config", "print-config"])
@@ -67,6 +69,13 @@ def test_a_wrong_setting_is_one_line(
     config: Path, capsys: pytest.CaptureFixture[str], command: str, override: str, line: str
 ) -> None:
     assert _fails(capsys, command, str(config), "--set", override).startswith(line)
+
+
+def test_a_storage_that_cannot_be_used_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--set", "storage.root=/dev/null/x")
+    assert "/dev/null" in _fails(capsys, "keys", str(config), "list", *settings)
+    settings = ("--set", "storage.catalog_url=nonsense")
+    assert "URL" in _fails(capsys, "export", str(config), "tinker://r/weights/w", "out", *settings)
 
 
 def test_several_wrong_settings_are_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

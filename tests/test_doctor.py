@@ -156,8 +156,9 @@ def test_room_for_paged_adapters(model: Path, monkeypatch: pytest.MonkeyPatch, f
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=free))
     pages = model.parent / "not" / "yet"
-    entry = {"name": "tiny", "path": str(model), "page_dir": str(pages), "disk_page_bytes": 2**30, "groups": 2}
-    (finding,) = (f for f in examine(make(model, models=[entry])) if f.what == "pages")
+    entry = {"name": "tiny", "path": str(model), "page_dir": str(pages), "disk_page_bytes": 2**30}
+    config = make(model, models=[entry | {"groups": 2}])
+    (finding,) = (f for f in examine(config) if f.what == "pages")
     assert finding.level == level
     assert str(pages) in finding.text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -44,6 +45,30 @@ def test_reading_leaves_the_tree_alone() -> None:
 def test_exactly_one_application_must_be_ours(applications: object) -> None:
     with pytest.raises(ValueError, match="applications: exactly one"):
         from_serve_file({"applications": applications})
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"applications": 5}, "applications must be a list"),
+        ({"applications": ["a"]}, "applications must be a list"),
+        ({"applications": [], "http_options": 5}, "http_options must be a mapping"),
+        (
+            {"applications": [{"import_path": IMPORT_PATH, "args": [1]}]},
+            "args and args.http must be",
+        ),
+        (
+            {
+                "applications": [{"import_path": IMPORT_PATH, "args": {"http": "x"}}],
+                "http_options": {"port": 1},
+            },
+            "args and args.http must be",
+        ),
+    ],
+)
+def test_another_form_is_an_error_and_no_traceback(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_serve_file(tree)
 
 
 @pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.name)

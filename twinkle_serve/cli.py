@@ -7,6 +7,7 @@ a command needs it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -143,33 +144,35 @@ def print_config(config: Config, options: argparse.Namespace) -> None:
 
 def keys_command(config: Config, options: argparse.Namespace) -> None:
     """A new key is printed once and cannot be shown again; a revoked one stops working within a minute."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from twinkle_serve.storage.keys import KeyStore
 
-    store = KeyStore(config.storage.root)
+    if options.action != "list" and options.name is None:
+        raise CommandError(f"keys {options.action} needs a name")
     try:
-        if options.action == "list":
-            for record in store.list():
-                state = "revoked" if record.revoked_at else "active"
-                print(f"{record.name}\t{state}\tsince {time.ctime(record.revoked_at or record.created_at)}")
-            return
-        if options.name is None:
-            raise CommandError(f"keys {options.action} needs a name")
-        result = getattr(store, options.action)(options.name)
-        print(result if result is not None else f"{options.name}: revoked")
-    except ValueError as error:
+        with contextlib.closing(KeyStore(config.storage.root)) as store:
+            if options.action == "list":
+                for record in store.list():
+                    state, at = ("revoked", record.revoked_at) if record.revoked_at else ("active", None)
+                    print(f"{record.name}\t{state}\tsince {time.ctime(at or record.created_at)}")
+            else:
+                result = getattr(store, options.action)(options.name)
+                print(result if result is not None else f"{options.name}: revoked")
+    except (ValueError, OSError, SQLAlchemyError) as error:
         raise CommandError(str(error)) from None
-    finally:
-        store.close()
 
 
 def export_command(config: Config, options: argparse.Namespace) -> None:
     """Needs no running server, and does not disturb one."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from twinkle_serve.exporting import export
     from twinkle_serve.storage.checkpoints import CheckpointError
 
     try:
         print(export(config, options.path, options.output, options.merged))
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, SQLAlchemyError) as error:
         raise CommandError(str(error)) from None
 
 
@@ -187,7 +190,7 @@ def losses_command(config: Config, options: argparse.Namespace) -> None:
             raise CommandError("losses add needs a path")
         else:
             loss_commands.add_loss(config, options.config, options.path, options.revision)
-    except LossSourceError as error:
+    except (LossSourceError, OSError) as error:
         raise CommandError(str(error)) from None
 
 
@@ -300,7 +303,8 @@ def _require_free(host: str, port: int) -> None:
 
 
 def _url(config: Config) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.http.host, config.http.host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return f"http://{host}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
 
 

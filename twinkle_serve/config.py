@@ -303,7 +303,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         key, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"--set {override!r}: expected dotted.key=value")
-        _assign(tree, key.split("."), yaml.safe_load(value), override)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override!r}: the value is not YAML; quote it") from None
+        _assign(tree, key.split("."), parsed, override)
     return Config.model_validate(tree).resolved(Path.cwd())
 
 

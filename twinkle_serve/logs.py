@@ -51,9 +51,9 @@ def configure_logs(config: MonitoringConfig, component: str) -> None:
     """
     root = logging.getLogger(ROOT)
     root.setLevel(config.log_level)
-    for handler in [handler for handler in root.handlers if getattr(handler, "is_ours", False)]:
-        root.removeHandler(handler)
-        handler.close()
+    for old in [handler for handler in root.handlers if getattr(handler, "is_ours", False)]:
+        root.removeHandler(old)
+        old.close()
     handler: logging.Handler
     if config.log_file is None:
         handler = logging.StreamHandler()

@@ -17,17 +17,23 @@ def from_serve_file(tree: dict[str, Any]) -> dict[str, Any]:
     What Serve's own part says about address and route counts where ``args.http`` says nothing. Raises
     ValueError when there is not exactly one such application.
     """
-    applications = [app for app in tree["applications"] or [] if app.get("import_path") == IMPORT_PATH]
+    given, options = tree["applications"] or [], tree.get("http_options") or {}
+    if not isinstance(given, list) or not all(isinstance(app, dict) for app in given):
+        raise ValueError("applications must be a list of mappings")
+    if not isinstance(options, dict):
+        raise ValueError("http_options must be a mapping")
+    applications = [app for app in given if app.get("import_path") == IMPORT_PATH]
     if len(applications) != 1:
         raise ValueError(
             f"applications: exactly one must have import_path {IMPORT_PATH}, found {len(applications)}"
         )
     (application,) = applications
-    options = tree.get("http_options") or {}
     http = {key: options[key] for key in ("host", "port") if key in options}
     if "route_prefix" in application:
         http["route_prefix"] = application["route_prefix"]
     config: dict[str, Any] = copy.deepcopy(application.get("args") or {})
+    if not isinstance(config, dict) or not isinstance(config.get("http") or {}, dict):
+        raise ValueError("applications: args and args.http must be mappings")
     if http:
         config["http"] = http | (config.get("http") or {})
     return config

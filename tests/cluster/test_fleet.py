@@ -66,6 +66,20 @@ async def test_a_model_without_any_group_is_an_error_that_names_it() -> None:
         await fleet.start_enough()
 
 
+async def test_a_model_that_comes_while_others_load_is_not_waited_for() -> None:
+    fleet = _fleet(_config({"name": "a"}), "b")
+    load = fleet.groups["a"].start
+
+    async def meanwhile() -> None:
+        fleet.cover(_config({"name": "a"}, {"name": "b"}))
+        await load()
+
+    fleet.groups["a"].start = meanwhile
+    await fleet.start_enough()
+    assert list(fleet.started) == ["a"]
+    assert fleet.missing == ["b"]
+
+
 async def test_a_group_that_only_samples_is_not_enough() -> None:
     fleet = _fleet(_config({"name": "a", "groups": 2, "sampling_groups": 1}), "a")
     with pytest.raises(LoadError, match=r"^cannot load a$"):

@@ -117,6 +117,7 @@ async def test_no_key_is_a_page_with_a_word(stranger: httpx.AsyncClient, key: st
         {"sec-fetch-site": "same-site"},
         {"origin": "https://evil.example"},
         {"origin": "null"},
+        {"origin": "http://[x"},
     ],
 )
 async def test_forms_of_other_sites_are_ignored(

@@ -134,3 +134,15 @@ def test_directories_of_killed_processes_are_removed_and_of_others_are_not(tmp_p
     second = new_page_directory(tmp_path / "pages")
     assert second != first
     assert {first, second, elsewhere} == set((tmp_path / "pages").iterdir())
+
+
+def test_a_disk_that_takes_no_more_costs_only_the_newcomer(tmp_path: Path) -> None:
+    (tmp_path / "pages").write_text("a file where the directory should be")
+    first, second = state(2), state(2)
+    store = PageStore(tmp_path / "pages", first.num_bytes())
+    store.put("first", first)
+    with pytest.raises(OSError, match="pages"):
+        store.put("second", second)
+    assert "second" not in store
+    assert store.get("first") is first
+    assert (store.host_bytes, store.disk_bytes) == (first.num_bytes(), 0)

@@ -101,6 +101,7 @@ def test_a_modelscope_token_comes_bare_or_behind_the_prefix() -> None:
         def user_of(self, token: str) -> str | None:
             if token == "ms-away":
                 raise HubAway
+            assert token.isascii(), "nothing else fits a header"
             return {"ms-alice": "alice"}.get(token)
 
     check = check_modelscope_token(Users())  # type: ignore[arg-type]
@@ -111,6 +112,8 @@ def test_a_modelscope_token_comes_bare_or_behind_the_prefix() -> None:
     assert "alice" not in bare.tenant
     assert check("tml-") is None
     assert check("ms-bob") is None
+    assert check("tml-密钥") is None
+    assert check("ms-a\nb") is None
     with pytest.raises(BackendUnavailable, match="ModelScope"):
         check("ms-away")
 

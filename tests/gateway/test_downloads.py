@@ -12,6 +12,7 @@ from tinker.types import ExternalWeightsUrlsResponse
 
 from tests.gateway.scripted import ScriptedBackend
 from twinkle_serve.config import Config
+from twinkle_serve.gateway import downloads
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.links import LIFETIME_S, Links
 from twinkle_serve.protocol.errors import Unauthorized
@@ -99,6 +100,13 @@ async def test_trap_44_the_proof_is_in_the_query(client: httpx.AsyncClient, file
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
         assert set(query) == {"tenant", "expires", "token"}
         assert "tml-test" not in url
+
+
+@pytest.mark.parametrize("size", [0, 2**33 - 1, 2**33, 2**40])
+def test_files_of_any_size_have_a_header_of_one_block(size: int) -> None:
+    header = downloads._header("adapter_model.safetensors", size)
+    assert len(header) == 512
+    assert tarfile.TarInfo.frombuf(header, "utf-8", "strict").size == size
 
 
 def test_a_link_expires() -> None:

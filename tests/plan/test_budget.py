@@ -162,3 +162,5 @@ def test_experts_that_cannot_be_shared_evenly_are_refused(tiny_llama: Path) -> N
         _budget(QWEN3, ranks=3, sharding="expert_parallel")
     with pytest.raises(ValueError, match="m: 0 experts cannot"):
         _budget(str(tiny_llama), ranks=2, sharding="expert_parallel")
+    alone = _budget(str(tiny_llama), ranks=1, sharding="expert_parallel")
+    assert alone.lines == _budget(str(tiny_llama)).lines

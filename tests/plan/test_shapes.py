@@ -87,9 +87,15 @@ def test_a_directory_is_read_under_both_names_of_the_number_of_experts(tmp_path:
     [
         ({"model_type": "gpt2"}, r"config.json: model_type 'gpt2' is not one of llama, .*mixtral"),
         ({"model_type": "llama", "hidden_size": 8}, "config.json: num_attention_heads is missing"),
+        ([], "config.json: it is not a JSON object"),
+        (SMALL | {"model_type": "llama", "hidden_size": "x"}, "config.json: a size in it is wrong"),
+        (
+            SMALL | {"model_type": "llama", "num_attention_heads": 0, "head_dim": None},
+            "a size in it is wrong",
+        ),
     ],
 )
-def test_what_cannot_be_planned_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_planned_is_named(tmp_path: Path, config: Any, message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnknownArchitecture, match=message):
         find_shapes(str(tmp_path))

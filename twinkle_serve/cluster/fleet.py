@@ -60,14 +60,15 @@ class Fleet:
 
     async def start_enough(self) -> None:
         """Start all that are missing. Raises LoadError if a base model then has no group that trains; for the
-        rest it is enough to try again later."""
+        rest, and for models that come to be served meanwhile, it is enough to try again later."""
+        models = dict(self._models)
         reasons = await self.start()
         trained = {
             model.name
-            for name, model in self._models.items()
+            for name, model in models.items()
             if self.groups[name].was_started and name not in sampling_group_names(model)
         }
-        if any(model.name not in trained for model in self._models.values()):
+        if any(model.name not in trained for model in models.values()):
             raise LoadError("; ".join(dict.fromkeys(reasons)))
         for reason in reasons:
             _log.error("%s; the other groups of this model serve without it", reason)

@@ -49,11 +49,17 @@ class PageStore:
         return key in self._host or key in self._disk
 
     def put(self, key: str, state: AdapterState) -> None:
+        """Raises OSError when the disk cannot take what has to go there; ``key`` is then not here, and all
+        others are."""
         self.drop(key)
         self._host[key] = state
         self.host_bytes += state.num_bytes()
-        while self.host_bytes > self._budget:
-            self._spill(*self._host.popitem(last=False))
+        try:
+            while self.host_bytes > self._budget:
+                self._spill(next(iter(self._host)))
+        except OSError:
+            self.drop(key)
+            raise
 
     def get(self, key: str) -> AdapterState:
         """The state under ``key``, which stays here. Raises KeyError."""
@@ -77,10 +83,16 @@ class PageStore:
         if self._disk.pop(key, None) is not None:
             self._path(key).unlink()
 
-    def _spill(self, key: str, state: AdapterState) -> None:
-        self.host_bytes -= state.num_bytes()
+    def _spill(self, key: str) -> None:
+        state = self._host[key]
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._path(key).write_bytes(pack_state(state, checked=False))
+        try:
+            self._path(key).write_bytes(pack_state(state, checked=False))
+        except OSError:
+            self._path(key).unlink(missing_ok=True)
+            raise
+        del self._host[key]
+        self.host_bytes -= state.num_bytes()
         self._disk[key] = state.num_bytes()
 
     def _path(self, key: str) -> Path:

@@ -103,7 +103,8 @@ def len_in_tar(path: str) -> int:
 def _header(name: str, size: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size = size
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    # GNU's form, which unlike ustar's has room for sizes from 8 GiB on in the same block.
+    return member.tobuf(tarfile.GNU_FORMAT)
 
 
 def _link(

@@ -170,7 +170,8 @@ def check_modelscope_token(users: HubUsers) -> KeyCheck:
 
     def check(key: str) -> Caller | None:
         token = key.removeprefix(PREFIX)
-        if not token:
+        # Nothing else can be a token, nor be sent to ModelScope in a header.
+        if not token or not token.isascii() or not token.isprintable():
             return None
         try:
             user = users.user_of(token)

@@ -61,7 +61,12 @@ class Budget:
 def budget_of(config: ModelConfig, shapes: ModelShapes) -> Budget:
     """Raises ValueError for settings that no memory can help."""
     ranks = config.ranks
-    if config.sharding == "expert_parallel" and (not shapes.num_experts or shapes.num_experts % ranks):
+    # One rank shares nothing, whatever the configuration says.
+    if (
+        ranks > 1
+        and config.sharding == "expert_parallel"
+        and (not shapes.num_experts or shapes.num_experts % ranks)
+    ):
         raise ValueError(
             f"{config.name}: {shapes.num_experts} experts cannot be shared evenly by {ranks} ranks"
         )

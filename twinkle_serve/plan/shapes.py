@@ -126,8 +126,10 @@ def find_shapes(reference: str) -> ModelShapes:
         raise UnknownArchitecture(f"{path}: {error}") from None
 
 
-def read_shapes(config: dict[str, Any]) -> ModelShapes:
+def read_shapes(config: Any) -> ModelShapes:
     """Raises UnknownArchitecture."""
+    if not isinstance(config, dict):
+        raise UnknownArchitecture("it is not a JSON object")
     model_type = config.get("model_type")
     if model_type not in SERVED:
         raise UnknownArchitecture(f"model_type {model_type!r} is not one of {', '.join(SERVED)}")
@@ -135,6 +137,8 @@ def read_shapes(config: dict[str, Any]) -> ModelShapes:
         return _read(model_type, config)
     except KeyError as error:
         raise UnknownArchitecture(f"{error.args[0]} is missing") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise UnknownArchitecture(f"a size in it is wrong: {error}") from None
 
 
 def _read(model_type: str, config: dict[str, Any]) -> ModelShapes:

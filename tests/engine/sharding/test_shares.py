@@ -73,3 +73,24 @@ def test_fresh_shares_are_the_parts_of_a_fresh_adapter(size: int) -> None:
             place = shares.own(expected)[:, span.own : span.own + span.width]
             place.copy_(whole[:, span.whole : span.whole + span.width])
         assert torch.equal(share, expected)
+
+
+class Doubling(Ranks):
+    """The first of two ranks whose peer always has the same numbers, and zeros of its own."""
+
+    def sum_on_first(self, tensor: torch.Tensor) -> None:
+        tensor.mul_(2)
+
+    def receive(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        return tensor.zero_()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_summing_for_a_snapshot_leaves_the_block_as_it_is(rank: int) -> None:
+    """A page store hands out what it holds. A single row is contiguous however it is cut."""
+    shares = Shares(WHOLE, Doubling(0, 2), split_experts=True)
+    block = torch.randn(rank, shares.layout.row_size)
+    before = block.clone()
+    whole = shares._assemble(block, is_sum=True)
+    assert torch.equal(block, before)
+    assert torch.equal(whole, shares._assemble(block, is_sum=True))

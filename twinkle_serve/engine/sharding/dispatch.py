@@ -60,21 +60,25 @@ class PassCollectives:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, W] of each rank, end to end."""
-        self._note(True, rows)
-        return self._ranks.gather_rows(rows)
+        self._check(True, rows)
+        received = self._ranks.gather_rows(rows)
+        self._done += 1
+        return received
 
     def reduce(self, rows: torch.Tensor) -> torch.Tensor:
         """Each rank's part [rows, W] of the sum of [ranks * rows, W]."""
-        self._note(False, rows)
-        return self._ranks.reduce_rows(rows)
+        self._check(False, rows)
+        received = self._ranks.reduce_rows(rows)
+        self._done += 1
+        return received
 
-    def _note(self, gathers: bool, rows: torch.Tensor) -> None:
+    def _check(self, gathers: bool, rows: torch.Tensor) -> None:
+        """Not counted as made before it is: memory for it may be missing, and then ``complete`` makes it."""
         known = self._known[self._phase]
         entry = (gathers, rows.shape[1], rows.dtype)
         if self._learning and self._done == len(known):
             known.append(entry)
         assert known[self._done] == entry, "passes make different collectives"
-        self._done += 1
 
 
 class ExpertDispatch:

@@ -173,27 +173,27 @@ class Ranks:
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """[N, ...] of each rank, N the same on all, end to end: [ranks * N, ...]."""
-        out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+        out, rows = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:]), rows.contiguous()
         self.bytes_sent += rows.nbytes * (self.size - 1)
         with _lost_if_it_fails("gathering rows"):
-            _all_gather(out, rows.contiguous())
+            _all_gather(out, rows)
         return out
 
     def reduce_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of [ranks * N, ...], of which each rank gets its own part [N, ...]."""
-        out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
+        out, rows = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:]), rows.contiguous()
         self.bytes_sent += out.nbytes * (self.size - 1)
         with _lost_if_it_fails("reducing rows"):
-            _reduce_scatter(out, rows.contiguous())
+            _reduce_scatter(out, rows)
         return out
 
     def swap_rows(self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
         """Send ``sent[q]`` consecutive rows to each rank q; returns what came, by rank."""
-        out = rows.new_empty(sum(received), *rows.shape[1:])
+        out, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
         width = rows[:1].nbytes if rows.shape[0] else 0
         self.bytes_sent += width * (sum(sent) - sent[self.rank])
         with _lost_if_it_fails("swapping rows"):
-            dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent))
+            dist.all_to_all_single(out, rows, list(received), list(sent))
         return out
 
     def send_to_first(self, tensor: torch.Tensor) -> None:

@@ -92,7 +92,8 @@ class Shares:
         """A whole block on the first rank, something else elsewhere."""
         common = self.replicated(block)
         if is_sum:
-            common = common.contiguous() if common.shape != block.shape else block.clone()
+            # A copy in any case: the block may be what a page store holds, and the sum is made in place.
+            common = common.clone(memory_format=torch.contiguous_format)
             self.ranks.sum_on_first(common)
         if not self.is_split:
             return common
