@@ -13,7 +13,7 @@ from twinkle_serve.control.assembly import Assembler
 from twinkle_serve.control.backend import LoadCommand, SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.control.books import open_books
 from twinkle_serve.control.commands import BirthCommand
-from twinkle_serve.control.flights import Assembly
+from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly
 from twinkle_serve.control.log import Entry
 from twinkle_serve.control.planner import RunWork, Window
 from twinkle_serve.control.residency import Residency
@@ -24,6 +24,7 @@ from twinkle_serve.protocol.work import (
     Failure,
     LoadAdapter,
     OptimStep,
+    Outcome,
     PageOut,
     Piece,
     Snapshot,
@@ -241,3 +242,19 @@ def test_only_weights_keep_optimizer_state(bench):
     kinds = ["weights", "sampler_weights", "external_weights"]
     tick = bench.tick({"r": [SaveCommand(kind, "n") for kind in kinds]})
     assert [save.optimizer for save in tick.saves] == [True, False, False]
+
+
+def test_an_unload_that_cannot_be_saved_leaves_its_run_and_all_others_as_they_are(bench, monkeypatch, caplog):
+    run = bench.run("r")
+    bench.run("q")
+    bench.tick({"r": [optim()]})
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.books.runs, "_save", lambda record: 1 / 0)
+        tick = bench.tick({"r": [UnloadCommand()], "q": [pass_command("p")]})
+    assert [p.request_id for p in tick.passes] == ["q.0"]
+    assert tick.drops == ()
+    assert bench.assembly.verdicts == [Outcome("r.0", failure=INTERNAL_ERROR)]
+    assert run.down is None
+    assert not run.record.unloaded
+    assert bench.tick({"r": [UnloadCommand()]}).drops == (DropRun("r", 0),)
+    assert run.record.unloaded

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from unittest.mock import patch
 
 import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import TENANT, Client, control_plane, make_config, optim
+from tests.control.test_keeper import Store, again
 from tests.control.virtual_time import virtual
-from twinkle_serve.control.backend import LoadCommand, NotFound, SaveCommand, SnapshotCommand
+from twinkle_serve.control.backend import LoadCommand, NotFound, SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.protocol.work import TickReport
 
 
@@ -202,6 +204,45 @@ async def test_a_bug_while_preparing_one_command_spares_the_others(tmp_path, cap
         assert await client.do(other, 1, pass_command("a")) == ("create", "a")
         assert (await client.failure(save)).category == "server"
         assert "boom" in caplog.text
+
+
+@virtual
+async def test_an_unload_that_cannot_be_saved_fails_alone_and_for_good(caplog):
+    """Not even the deaths of the group and of the server do it after all."""
+    store = Store(snapshot_every_s=1e9)
+    group = EchoGroup(pass_s=1.0)
+    async with store.opened(group) as plane:
+        client, other = await Client(plane).open(), await Client(plane, "bob").open()
+        run, his = await client.create(), await other.create()
+        await client.do(run, 1, pass_command("a"))
+        with patch.object(plane._books.runs, "_save", side_effect=OSError("No space left on device")):
+            await other.submit(his, 1, pass_command("x"))  # the others wait for its tick, and share the next
+            unload = await client.submit(run, 2, UnloadCommand())
+            assert await other.do(his, 2, pass_command("y")) == ("create", "x", "y")
+            assert (await client.failure(unload)).category == "server"
+        assert "No space left" in caplog.text
+        crash_once(group, "passes")
+        assert await other.do(his, 3, pass_command("z")) == ("create", "x", "y", "z")
+        assert await client.do(run, 3, pass_command("b")) == ("create", "a", "b")
+        assert not store.journal.rows[run].snapshots
+    async with store.opened() as plane:
+        client = again(client, plane)
+        assert (await client.failure(unload)).category == "server"
+        assert await client.do(run, 4, pass_command("c")) == ("create", "a", "b", "c")
+        assert await client.do(run, 5, UnloadCommand()) == {"model_id": run}
+
+
+@virtual
+async def test_a_file_of_a_snapshot_that_cannot_be_removed_is_nobodys_trouble(caplog):
+    store = Store()
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run, other = await client.create(0), await client.create(1)
+        await client.do(run, 1, SnapshotCommand(0))
+        with patch.object(store.state_files, "remove", side_effect=OSError("Read-only file system")):
+            await client.do(run, 2, UnloadCommand())
+            assert await client.do(other, 1, pass_command("a")) == ("create", "a")
+        assert "Read-only" in caplog.text
 
 
 def _raise(error: Exception):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from twinkle_serve.control.backend import Invalid, NotFound, UnloadCommand
 from twinkle_serve.control.books import Books
+from twinkle_serve.control.commands import RunEntry
 from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.microbatches import pack
@@ -114,7 +115,10 @@ class Assembler:
         names = self._books.samplers.evict(self._group)
         if self._keeper is not None:
             for name in names:
-                self._keeper.files.remove(self._keeper.sampler_file(name))
+                try:
+                    self._keeper.files.remove(self._keeper.sampler_file(name))
+                except OSError:
+                    logger.exception("the file of snapshot %s is still there", name)
         return names
 
     def _persist(self, assembly: Assembly) -> None:
@@ -138,11 +142,8 @@ class Assembler:
             for entry in work.entries:
                 if self._keeper is not None:
                     self._keeper.executed(run, entry)
-                if isinstance(entry.command, UnloadCommand):
-                    self._unload(assembly, run, entry.request_id)
-                    continue
                 try:
-                    place = self._orders.of(assembly, run, entry)
+                    place = self._prepare(assembly, run, entry)
                 except Done as done:
                     assembly.verdicts.append(Outcome(entry.request_id, done.value))
                 except Refused as refused:
@@ -156,12 +157,25 @@ class Assembler:
                     placed.setdefault(run.run_id, []).append(place)
         return placed
 
+    def _prepare(self, assembly: Assembly, run: Run, entry: RunEntry) -> Place:
+        """As Orders.of."""
+        if isinstance(entry.command, UnloadCommand):
+            self._unload(assembly, run, entry.request_id)
+            raise Done({"model_id": run.run_id})
+        return self._orders.of(assembly, run, entry)
+
     def _unload(self, assembly: Assembly, run: Run, request_id: str) -> None:
-        self._books.runs.unload(run)
+        try:
+            self._books.runs.unload(run)
+        except Exception:
+            self._books.fail(request_id, INTERNAL_ERROR)
+            if self._keeper is not None:
+                # The run lives on, and when it is recovered it must not be ended after all.
+                self._keeper.give_up(request_id)
+            raise
         self._books.samplers.retire(run.run_id, keep=0)
         drop = self._residency.drop(run.run_id)
         if drop is not None:
             assembly.drops.append(drop)
-        assembly.verdicts.append(Outcome(request_id, {"model_id": run.run_id}))
         if self._keeper is not None:
             self._keeper.retire(run)

@@ -95,9 +95,10 @@ class Runs:
         return run
 
     def unload(self, run: Run) -> None:
-        run.down = Failure(f"training run {run.run_id} was unloaded")
-        run.record = replace(run.record, unloaded=True)
-        self.save(run)
+        """The run is as it was if this raises."""
+        record = replace(run.record, unloaded=True)
+        self._save(record)
+        run.record, run.down = record, Failure(f"training run {run.run_id} was unloaded")
 
     def of_model(self, base_model: str) -> list[Run]:
         """Of all tenants, the oldest first."""
