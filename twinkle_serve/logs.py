@@ -62,5 +62,5 @@ def configure_logs(config: MonitoringConfig, component: str) -> None:
         config.log_file.parent.mkdir(parents=True, exist_ok=True)
         handler = WatchedFileHandler(config.log_file, encoding="utf-8")
         handler.setFormatter(JsonLines(component))
-    handler.is_ours = True  # type: ignore[attr-defined]
+    handler.is_ours = True  # type: ignore[union-attr]
     root.addHandler(handler)

@@ -226,6 +226,63 @@ async def test_a_group_can_be_added_without_touching_the_others(world: World) ->
         assert world.groups[FIRST].rebuilds == 0
 
 
+class TwoModels(World):
+    """A deployment with a second base model, which may be missing when it is started again."""
+
+    served = ("base", "other")
+
+    def config(self, num_groups: int) -> Config:
+        models = [{"name": name, "path": "nowhere"} for name in self.served]
+        return Config.model_validate({"models": models, "storage": {"snapshot_every_steps": 1}})
+
+    @asynccontextmanager
+    async def up(self) -> AsyncIterator[Client]:
+        self.groups = {name: self.new_group_of(name) for name in self.served}
+        self.journal = self.journal.opened()
+        catalog, config = Catalog(self.root, None), self.config(1)
+        durability = Durability(self.journal, MemoryFiles(self.files))
+        self.plane = ControlPlane(self.groups, catalog, config, VirtualClock(), durability=durability)
+        await self.plane.start()
+        try:
+            yield Client(self.plane)
+        finally:
+            await self.plane.close()
+            catalog.close()
+
+    def new_group_of(self, name: str) -> EchoGroup:
+        group = EchoGroup(name)
+        group.files, group.stored = self.files, self.stored
+        return group
+
+
+@virtual
+async def test_runs_of_a_model_that_comes_later_are_taken_up_when_it_comes(tmp_path: Path) -> None:
+    """A coordinator that was killed starts with the deployment it was made for, which may lack a model."""
+    world = TwoModels(tmp_path, 1)
+    async with world.up() as client:
+        await client.open()
+        request_id = await client.plane.create_model(TENANT, client.session, 0, "other", LoraSpec(8), {})
+        run = (await client.result(request_id))["model_id"]
+        await client.do(run, 1, pass_command("p0"))
+        await client.do(run, 2, optim())
+        snapshot = (await client.do(run, 3, SnapshotCommand(7)))["sampling_session_id"]
+        world.groups["other"].pass_s = 10**6  # longer than it will live
+        waiting = await client.submit(run, 4, pass_command("p1"))
+        session = client.session
+    world.served = ("base",)
+    async with world.up() as client:
+        client.session = session
+        poll = await client.plane.poll(TENANT, waiting, 1.0)
+        assert poll.state == "pending"
+        world.served = ("base", "other")
+        world.groups["other"] = world.new_group_of("other")
+        client.plane.add_group("other", world.groups["other"], world.config(1).models[1])
+        await client.result(waiting)
+        history = (await client.do(run, 5, optim()))["history"]
+        assert history == ("create", "p0", "optim 1", "p1", "optim 1")
+        assert (await client.result(await client.sample(snapshot)))[:2] == ("create", "p0")
+
+
 @virtual
 async def test_what_is_not_served_is_answered_with_what_is(world: World) -> None:
     async with world.up() as client:

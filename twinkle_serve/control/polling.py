@@ -20,6 +20,7 @@ from twinkle_serve.control.quotas import Reason
 from twinkle_serve.control.sampling import Sampling
 
 RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
+_NOT_SERVED = "the base model of this run is not loaded"
 _FULL = "this server's room for adapters is full; a new run starts once another one ends"
 
 
@@ -57,6 +58,8 @@ class Polling:
             return poll
         origin = self._books.promises.origin(request_id)
         drivers = self._drivers_of(origin)
+        if not drivers:
+            return replace(poll, queue_state="paused_capacity", queue_reason=_NOT_SERVED)
         if any(driver.lost is not None for driver in drivers):
             return replace(poll, queue_state="paused_capacity", queue_reason=RECOVERING)
         limit = self._over_limit(tenant, request_id, origin)
@@ -107,4 +110,7 @@ class Polling:
     def _drivers_of(self, origin: Any) -> list[GroupDriver]:
         """The groups that may be at work on a request."""
         run = self._books.runs.find(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
-        return list(self._drivers.values()) if run is None else [driver_of(self._drivers, run)]
+        if run is None:
+            return list(self._drivers.values())
+        is_served = any(each.group.info.name == run.record.base_model for each in self._drivers.values())
+        return [driver_of(self._drivers, run)] if is_served else []

@@ -102,6 +102,7 @@ class ControlPlane(Management):
         self._loss_making = LossMaking(self._books, self._drivers, self._accept, self._clock)
         self._polling = Polling(self._books, self._drivers, self._sampling, self._clock)
         self._sweep_timer: Timer | None = None
+        self._waiting: list[Run] = []  # of an earlier life, with base models that nobody serves yet
 
     @property
     def watch(self) -> Watch:
@@ -114,7 +115,7 @@ class ControlPlane(Management):
 
     async def start(self) -> None:
         if self._keeper is not None:
-            self._take_up(recovery.restore(self._keeper))
+            self._take_up(recovery.restore(self._keeper), self._trained())
         for driver in self._drivers.values():
             driver.start()
         self._sweep()
@@ -122,24 +123,34 @@ class ControlPlane(Management):
     def add_group(self, name: str, group: Group, config: ModelConfig) -> None:
         """Serve with one group more, loaded, of a new base model or of one that is served already."""
         assert name not in self._drivers
+        trained = self._trained()
         self._drivers[name] = self._make_driver(name, group, config)
+        if self._keeper is not None and group.info.name in self._trained() - trained:
+            self._take_up(self._waiting, {group.info.name})
         self._drivers[name].start()
 
-    def _take_up(self, runs: Sequence[Run]) -> None:
-        """Find a group for each run of an earlier life of this server, and let it do what is left to do."""
+    def _trained(self) -> set[str]:
+        """The base models that have a group in which runs live."""
+        return {driver.group.info.name for driver in self._drivers.values() if not driver.samples_only}
+
+    def _take_up(self, runs: Sequence[Run], base_models: set[str]) -> None:
+        """Find a group for each run of an earlier life of this server with one of ``base_models``, and let it
+        do what is left to do. The others wait until their base model is served."""
         assert self._keeper is not None
-        served = {driver.group.info.name for driver in self._drivers.values()}
+        self._waiting = [run for run in runs if run.record.base_model not in base_models]
         for run in runs:
-            if run.record.base_model in served:
+            if run.record.base_model in base_models:
                 place_run(self._books, self._drivers, run)
                 self._training.watch_gap(run)
                 if recovery.has_work(run):
                     self._drivers[run.group].ready(run)
         for sampler in self._books.samplers.with_snapshot():
-            owner = self._books.runs.find(sampler.record.run_id or "")
-            sampler.home = None if owner is None else owner.home
-        for name in self._drivers:
-            recovery.relocate_snapshots(self._keeper, name)
+            if sampler.record.base_model in base_models:
+                owner = self._books.runs.find(sampler.record.run_id or "")
+                sampler.home = None if owner is None else owner.home
+        for name, driver in self._drivers.items():
+            if driver.group.info.name in base_models:
+                recovery.relocate_snapshots(self._keeper, name)
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Let running ticks end within ``timeout_s``; then everything still pending fails, unless it is in
