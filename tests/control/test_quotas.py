@@ -124,6 +124,31 @@ async def test_further_runs_wait_for_earlier_ones_to_end_in_order(tmp_path: Path
 
 
 @virtual
+async def test_a_plan_looks_at_each_run_once_however_many_wait(tmp_path: Path) -> None:
+    async with control_plane(tmp_path, config=limited(live_runs=20)) as plane:
+        client = await Client(plane).open()
+        for number in range(20):
+            await client.create(number)
+        spec = (await plane.run_info(client.tenant, f"{client.session}:train:0")).spec
+        waiting = [
+            await plane.create_model(client.tenant, client.session, number, "base", spec, {})
+            for number in range(20, 100)
+        ]
+        await asyncio.sleep(1)
+        plans, looks = itertools.count(), itertools.count()
+        driver, sessions = plane._drivers["base"], plane._books.sessions
+        plan, is_active = driver.planner.next, sessions.is_active
+        driver.planner.next = lambda now: (next(plans), plan(now))[1]  # type: ignore[method-assign]
+        sessions.is_active = lambda session_id: (next(looks), is_active(session_id))[1]  # type: ignore[method-assign]
+        driver.wake()
+        await asyncio.sleep(0.1)
+        assert 0 < next(looks) <= 100 * next(plans)
+        await client.do(f"{client.session}:train:3", 1, UnloadCommand())
+        await client.result(waiting[0])
+        assert (await look(client, waiting[1])).state == "pending"
+
+
+@virtual
 async def test_a_save_without_room_waits_until_something_is_deleted(tmp_path: Path) -> None:
     config = limited()
     config.limits.tenant.checkpoint_bytes = 150  # an EchoGroup says 101 and more

@@ -21,7 +21,7 @@ from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Planner, Window
-from twinkle_serve.control.quotas import Reason
+from twinkle_serve.control.quotas import Places, Reason
 from twinkle_serve.control.recovery import corrupt
 from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
@@ -79,6 +79,7 @@ class GroupDriver:
         self._recover = recover
         self._keeper = keeper
         self._suspects = Suspects()
+        self._places: Places = {}  # of the plan that is being made
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
         books.watch.add_group(replace(group.info, name=self.name), config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
@@ -207,6 +208,7 @@ class GroupDriver:
                 await self._pause(_RETRY_S)
 
     async def _step(self) -> None:
+        self._places = {}
         window = self.planner.next(self.books.clock.now())
         while self._suspects.is_trying and self.planner.has_work and window == Window(()):
             self._suspects.forgive()
@@ -412,7 +414,7 @@ class GroupDriver:
             return False
         run = self.books.runs.find(run_id)
         assert run is not None
-        over_limit = self.books.quotas.reason_to_wait(run, entry.command) is not None
+        over_limit = self.books.quotas.reason_to_wait(run, entry.command, self._places) is not None
         return over_limit or self._suspects.must_wait(run_id)
 
 

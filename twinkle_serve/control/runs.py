@@ -5,7 +5,7 @@ Knows tenants and records. Does not know slots, promises or ticks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from twinkle_serve.control.backend import NotFound
@@ -107,6 +107,9 @@ class Runs:
     def of_group(self, group: str) -> list[Run]:
         """Of all tenants, the oldest first."""
         return [run for run in self._runs.values() if run.group == group]
+
+    def oldest_first(self, tenant: str) -> Iterator[Run]:
+        return (self._runs[run_id] for run_id in self._by_tenant.get(tenant, ()))
 
     def of_tenant(self, tenant: str) -> list[Run]:
         """Newest first."""
