@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,14 @@ def test_a_model_without_a_context_length_needs_one_in_the_config(tiny_llama: Pa
     device = torch.device("cpu")
     with pytest.raises(UnsupportedModel, match="max_context_length"):
         base_model.prepare(model, config, tiny_llama, device, torch.float32)
+
+
+def test_in_bfloat16_a_row_that_went_to_another_expert_does_not_refuse_a_model() -> None:
+    expected = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    other = expected.clone()
+    other[2] += 3
+    assert base_model._difference(other, expected, torch.float32) > 0.5
+    assert base_model._difference(other, expected, torch.bfloat16) == 0
+    other[:4] += 3
+    assert base_model._difference(other, expected, torch.bfloat16) > 0.5
+    assert math.isnan(base_model._difference(expected * float("nan"), expected, torch.bfloat16))
