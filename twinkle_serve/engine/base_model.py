@@ -323,8 +323,8 @@ def _verify(base: BaseModel, probe: torch.Tensor, expected: torch.Tensor) -> Non
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest of [N, V], relative to the largest logit. In bfloat16 that of the median row: rounding sends
-    some rows of a mixture to other experts, and these are far off then."""
+    """The largest of [N, V], relative to the largest logit. In bfloat16 that of the median row: rounding
+    sends some rows of a mixture to other experts, and these are far off then."""
     rows = (logits - expected).abs().amax(1) / expected.abs().max().clamp(min=1)
     return (rows.max() if dtype == torch.float32 else rows.median()).item()
 
