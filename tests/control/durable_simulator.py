@@ -49,6 +49,8 @@ def _config(rng: random.Random) -> Config:
             "snapshot_every_steps": rng.choice([1, 2, 4, 1000]),
             "snapshot_every_s": rng.choice([0.01, 1.0, 60.0]),
             "snapshot_replay_s": rng.choice([0.1, 10.0]),
+            # The second is full after some requests, again and again.
+            "journal_max_bytes": rng.choice([2**30, 2**30, 1500]),
         }
     )
     return config.model_copy(update={"storage": storage})

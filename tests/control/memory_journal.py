@@ -7,6 +7,7 @@ order of the calls, and a journal that was opened again refuses the one before.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class MemoryJournal:
         return MemoryJournal(self._rng, self.rows)
 
     def append(self, entry: JournalEntry) -> asyncio.Future[None]:
+        self.num_bytes += len(entry.payload)
         return self._do(lambda: self.rows[entry.run_id].entries.append(entry))
 
     def cover(
@@ -47,7 +49,7 @@ class MemoryJournal:
             gone = {*drop_snapshots, snapshot.covered}
             kept = [s for s in history.snapshots if s.covered not in gone]
             history.snapshots = sorted([snapshot, *kept], key=lambda s: -s.covered)
-            history.entries = [e for e in history.entries if e.seq_id > drop_until]
+            self._drop_entries(history, drop_until)
             self._store(history, results)
 
         return self._do(work)
@@ -55,7 +57,8 @@ class MemoryJournal:
     def retire(self, run_id: str, results: list[StoredResult]) -> asyncio.Future[None]:
         def work() -> None:
             history = self.rows[run_id]
-            history.entries, history.snapshots = [], []
+            self._drop_entries(history)
+            history.snapshots = []
             self._store(history, results)
 
         return self._do(work)
@@ -74,10 +77,15 @@ class MemoryJournal:
         return self._do(lambda: None)
 
     def histories(self) -> dict[str, RunHistory]:
+        self.num_bytes = sum(len(e.payload) for history in self.rows.values() for e in history.entries)
         return {run_id: _copy(history) for run_id, history in self.rows.items()}
 
     def history(self, run_id: str) -> asyncio.Future[RunHistory]:
         return self._do(lambda: _copy(self.rows[run_id]))
+
+    def _drop_entries(self, history: RunHistory, until: float = math.inf) -> None:
+        self.num_bytes -= sum(len(e.payload) for e in history.entries if e.seq_id <= until)
+        history.entries = [e for e in history.entries if e.seq_id > until]
 
     def _store(self, history: RunHistory, results: list[StoredResult]) -> None:
         known = {result.request_id for result in history.results}

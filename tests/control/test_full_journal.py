@@ -180,3 +180,20 @@ async def test_what_could_not_be_written_is_never_acknowledged(tmp_path):
             with pytest.raises(BackendUnavailable, match="cannot hold this request"):
                 await client.submit(run, 2**63, pass_command("a"))
             assert len(await client.do(other, None, pass_command("b"))) > 1
+
+
+async def test_requests_that_failed_behind_a_gap_are_not_kept_for_ever(tmp_path):
+    store = limited(tmp_path)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        plane._books.runs.find(run).log._gap_timeout_s = 0.5
+        requests = await fill(client, run, first=2)
+        assert "did not arrive" in (await client.failure(requests[-1])).message
+        last = len(requests) + 1
+        assert await client.result(await submit(client, run, last + 1, pass_command("a"))) == ("create", "a")
+        assert store.journal.num_bytes < LIMIT / 2
+    async with store.opened(EchoGroup()) as plane:
+        client = again(client, plane)
+        assert "did not arrive" in (await client.failure(requests[0])).message
+        assert await client.do(run, last + 2, pass_command("b")) == ("create", "a", "b")

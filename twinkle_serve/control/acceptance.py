@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.keeper import Keeper
+from twinkle_serve.control.room import check_room
 from twinkle_serve.protocol.errors import CAPACITY, BackendUnavailable, Busy
 from twinkle_serve.protocol.work import Failure
 
@@ -50,7 +51,7 @@ class Acceptance:
         too. For those who make something before they can ``open``: a refusal must not leave it behind."""
         self._check_open()
         if self._keeper is not None:
-            self._keeper.check_room()
+            check_room(self._keeper)
 
     def _check_open(self) -> None:
         if self.closed:

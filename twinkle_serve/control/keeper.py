@@ -82,69 +82,10 @@ class Keeper:
 
     # accepting ------------------------------------------------------------------------------------
 
-    def check_room(self) -> None:
-        """Raises BackendUnavailable while nothing more can be made durable; clients come again."""
-        if self.journal.stalled is not None:
-            raise BackendUnavailable(f"the journal cannot be written: {self.journal.stalled}")
-        if self._is_full:
-            self._make_room()
-            raise BackendUnavailable("the journal is full; it empties as runs are snapshotted")
-
     @property
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
+        """Whether the journal is above its limit (room.py)."""
         return self.journal.num_bytes > self._config.journal_max_bytes
-
-    def _make_room(self) -> None:
-        """Let runs be snapshotted, and drop what only a second snapshot needs and what nobody can use."""
-        for kept in list(self.kept.values()):
-            kept.is_urgent = kept.is_urgent or kept.dirty_since is not None
-            if kept.is_persisting or kept.run.record.unloaded:
-                continue  # that makes room by itself
-            if self._is_of_no_use(kept):
-                kept.is_persisting = True
-                self._start(self._forget(kept))
-            elif kept.has_covered_entries:
-                self._drop_covered(kept)
-
-    def _drop_covered(self, kept: Kept) -> None:
-        newest, *older = kept.snapshots
-        gone = [*kept.bad, *(old.covered for old in older)]
-        kept.snapshots, kept.bad = [newest], []
-        kept.done, kept.dropped_until = kept.to_redo, newest.covered
-        dropped = self.journal.cover(newest, [], newest.covered, gone)
-
-        async def remove() -> None:
-            await asyncio.wait({dropped})
-            for old in older if dropped.exception() is None else ():
-                self.files.remove(old.file)
-
-        self._start(remove())
-
-    def _is_of_no_use(self, kept: Kept) -> bool:
-        """The run has no adapter, and nothing is on its way that could bring it one."""
-        log = kept.run.log
-        if kept.run.wants_adapter or log.is_held or log.ready or log.parked:
-            return False
-        requests = (request_id for request_id, _ in kept.unstored.values())
-        return not any(self.books.promises.is_pending(request_id) for request_id in requests)
-
-    async def _forget(self, kept: Kept) -> None:
-        """Keep the results of a run without an adapter and nothing else. With what comes for it later, a
-        checkpoint to load perhaps, its part of the journal begins anew."""
-        run_id, unstored = kept.run.run_id, dict(kept.unstored)
-        try:
-            results = await self._results(kept, max(unstored, default=UNBORN))
-        finally:
-            kept.is_persisting = False
-        if self._is_of_no_use(kept) and kept.unstored == unstored:
-            logger.info("run %s has no adapter; the journal forgets what was asked of it", run_id)
-            del self.kept[run_id]
-            await self._drop_all(kept, results)
-
-    async def _drop_all(self, kept: Kept, results: list[StoredResult]) -> None:
-        await self.journal.retire(kept.run.run_id, results)
-        for snapshot in kept.snapshots:
-            self.files.remove(snapshot.file)
 
     def no_room_for_a_save(self) -> Failure | None:
         """Why no further checkpoint may be written now. The last of the disk is for the journal and the
@@ -275,7 +216,7 @@ class Keeper:
 
         def written(num_bytes: int) -> None:
             snapshot = StoredSnapshot(run_id, covered, name, num_bytes, self.books.clock.now())
-            self._start(self._list(kept, snapshot))
+            self.start(self._list(kept, snapshot))
 
         def failed(failure: Failure) -> None:
             logger.error("run %s is not snapshotted: %s", run_id, failure.message)
@@ -292,8 +233,9 @@ class Keeper:
         """Make a written snapshot count."""
         try:
             await self._settled(kept, snapshot.covered)
-            results = await self._results(kept, snapshot.covered)
-            is_full = self._is_full
+            results = await self.results(kept, snapshot.covered)
+            # On its way from the older one the run still needs that.
+            is_full = self.is_full and not kept.is_restoring
             older = [] if is_full else kept.snapshots[:1]
             dropped = kept.snapshots[len(older) :]
             drop_until = snapshot.covered if is_full else older[0].covered if older else UNBORN
@@ -338,7 +280,7 @@ class Keeper:
         kept.is_urgent = True
         kept.not_before = now + _RETRY_S
 
-    async def _results(self, kept: Kept, until: int) -> list[StoredResult]:
+    async def results(self, kept: Kept, until: int) -> list[StoredResult]:
         """What the promises up to ``until`` were settled with, for those that can still be asked for."""
         results = []
         for seq_id, (request_id, numbered) in sorted(kept.unstored.items()):
@@ -364,7 +306,7 @@ class Keeper:
         kept.is_restoring = False
         kept.bad.append(covered)
         kept.snapshots = [snapshot for snapshot in kept.snapshots if snapshot.covered != covered]
-        self._start(self.unreadable(run, run.log.hold(), reason))
+        self.start(self.unreadable(run, run.log.hold(), reason))
 
     # idle and finished runs -----------------------------------------------------------------------
 
@@ -388,15 +330,21 @@ class Keeper:
         """The run was unloaded: once its last promises are settled, only their results are kept."""
         kept = self.kept.get(run.run_id)
         if kept is not None:
-            self._start(self._retire(kept))
+            self.start(self._retire(kept))
 
     async def _retire(self, kept: Kept) -> None:
         run_id = kept.run.run_id
         last = max(kept.unstored, default=UNBORN)
         await self._settled(kept, last)
-        results = await self._results(kept, last)
-        await self._drop_all(kept, results)
+        results = await self.results(kept, last)
+        await self.drop(kept, results)
         self.kept.pop(run_id, None)
+
+    async def drop(self, kept: Kept, results: list[StoredResult]) -> None:
+        """Let ``results`` be all that is left of the run on disk."""
+        await self.journal.retire(kept.run.run_id, results)
+        for snapshot in kept.snapshots:
+            self.files.remove(snapshot.file)
 
     def sampler_file(self, sampler_id: str) -> str:
         return self.files.name_for(sampler_id, "frozen")
@@ -417,7 +365,7 @@ class Keeper:
 
     # tasks ----------------------------------------------------------------------------------------
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

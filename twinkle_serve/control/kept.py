@@ -62,11 +62,6 @@ class Kept:
         """What the newest snapshot does not have, in order."""
         return [seq_id for seq_id in self.done if seq_id > self.covered]
 
-    @property
-    def has_covered_entries(self) -> bool:
-        """Whether the journal has something that the newest snapshot makes superfluous."""
-        return self.dropped_until < self.covered
-
     def restore_entry(self, path: str) -> RunEntry:
         """Belongs in front of what is to be redone."""
         self.is_restoring = True
