@@ -78,6 +78,21 @@ async def test_a_session_with_a_run_whose_model_is_served_no_more_can_be_finishe
         assert status(plane, again(client, plane)) == "finished"
 
 
+@virtual
+async def test_a_server_is_closed_to_the_end_on_a_full_disk(tmp_path, caplog):
+    ledger = Ledger(tmp_path)
+    async with control_plane(tmp_path, ledger=ledger) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a"))
+        parked = await client.submit(run, 3, pass_command("b"))
+        with patch.object(ledger, "add", full):
+            await plane.close()
+        assert "shutting down" in (await client.failure(parked)).message
+    assert "No space left" in caplog.text
+    ledger.close()
+
+
 @pytest.mark.parametrize("broken", sorted(STEPS))
 def test_a_full_disk_holds_up_the_step_that_meets_it_and_only_while_it_is_full(tmp_path, broken, caplog):
     @virtual

@@ -157,7 +157,10 @@ class ControlPlane(Management):
         the journal, where the next start finds it."""
         self._accept.closed = True
         await asyncio.gather(*(driver.close(timeout_s) for driver in self._drivers.values()))
-        self._books.usage.write()
+        try:
+            self._books.usage.write()
+        except Exception:  # a full disk is no reason to leave what follows open
+            logger.exception("what was used since the last sweeps is not in the ledger")
         self._training.close()
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
