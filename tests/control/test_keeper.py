@@ -18,6 +18,7 @@ from twinkle_serve.control.backend import SaveCommand, SnapshotCommand, UnloadCo
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
+from twinkle_serve.protocol.work import Outcome, Tick
 
 
 class Store:
@@ -232,6 +233,53 @@ async def test_an_unloaded_run_leaves_its_results_and_nothing_else():
         client = again(client, plane)
         assert await client.result(bye) == {"model_id": run}
         assert await client.result(step) == ["create", "optim 1", "a"]
+
+
+class SlowDisk(EchoGroup):
+    """Snapshots are whole some ticks after they were ordered."""
+
+    ticks_to_wait = 0
+
+    def _write(self, tick: Tick) -> list[Outcome]:
+        if self.writing and self.ticks_to_wait:
+            self.ticks_to_wait -= 1
+            return []
+        return super()._write(tick)
+
+
+@virtual
+async def test_a_snapshot_that_is_whole_only_after_an_unload_does_not_bring_the_run_back():
+    store = Store(snapshot_every_steps=1)
+    group = SlowDisk()
+    group.ticks_to_wait = 3
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, optim())
+        assert group.writing
+        assert await client.do(run, 2, UnloadCommand()) == {"model_id": run}
+        await asyncio.sleep(5)
+        assert not group.writing
+        assert not store.files
+    async with store.opened() as plane:
+        assert (store.journal.rows[run].snapshots, plane._books.runs.find(run).record.unloaded) == ([], True)
+
+
+@virtual
+async def test_an_unloaded_run_is_retired_however_long_its_last_save_takes():
+    store = Store(snapshot_every_s=1e9)
+    group = EchoGroup()
+    group.delay_saves = 10**9
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.submit(run, 1, SaveCommand("weights", "slow"))
+        await client.do(run, 2, UnloadCommand())
+        await asyncio.sleep(60)
+        assert store.journal.rows[run].entries
+        group.late_saves = [(0, outcome) for _, outcome in group.late_saves]
+        await asyncio.sleep(5)
+        assert not store.journal.rows[run].entries
 
 
 @virtual

@@ -234,6 +234,9 @@ class Keeper:
         try:
             await self._settled(kept, snapshot.covered)
             results = await self.results(kept, snapshot.covered)
+            if self._is_gone(kept):  # a row would bring it back to life at the next start
+                self.files.remove(snapshot.file)
+                return
             # On its way from the older one the run still needs that.
             is_full = self.is_full and not kept.is_restoring
             older = [] if is_full else kept.snapshots[:1]
@@ -262,10 +265,14 @@ class Keeper:
             self.files.remove(old.file)
         self._park_if_clean(kept)
 
-    async def _settled(self, kept: Kept, until: int) -> None:
+    def _is_gone(self, kept: Kept) -> bool:
+        """Whether the run was unloaded or forgotten meanwhile."""
+        return kept.run.record.unloaded or self.kept.get(kept.run.run_id) is not kept
+
+    async def _settled(self, kept: Kept, until: int, patience_s: float | None = _RETRY_S) -> None:
         """Wait for the answers up to ``until``: a save that is still being written could not be done again
         from a later state. Raises TimeoutError."""
-        async with asyncio.timeout(_RETRY_S):
+        async with asyncio.timeout(patience_s):
             while any(
                 self.books.promises.is_pending(request_id)
                 for seq_id, (request_id, _) in kept.unstored.items()
@@ -335,7 +342,7 @@ class Keeper:
     async def _retire(self, kept: Kept) -> None:
         run_id = kept.run.run_id
         last = max(kept.unstored, default=UNBORN)
-        await self._settled(kept, last)
+        await self._settled(kept, last, patience_s=None)
         results = await self.results(kept, last)
         await self.drop(kept, results)
         self.kept.pop(run_id, None)
