@@ -251,7 +251,7 @@ class SlowDisk(EchoGroup):
 async def test_a_snapshot_that_is_whole_only_after_an_unload_does_not_bring_the_run_back():
     store = Store(snapshot_every_steps=1)
     group = SlowDisk()
-    group.ticks_to_wait = 3
+    group.ticks_to_wait = 50
     async with store.opened(group) as plane:
         client = await Client(plane).open()
         run = await client.create()
