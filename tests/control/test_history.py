@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.control.history import MAX_NAMES, Curves, Histories, RunHistory, means
+from twinkle_serve.control.history import MAX_NAMES, MAX_PASSES, Curves, Histories, RunHistory, means
 
 
 def trained(*losses: float) -> RunHistory:
@@ -132,6 +132,7 @@ def test_the_run_that_was_touched_longest_ago_is_forgotten() -> None:
     histories = Histories(most=2)
     for run in ("a", "b", "a", "c"):
         histories.of(run).report(1, 0.0, {"reward": 1.0})
+        histories.changed()
     assert histories.of("a").view()["reported"]["reward"] == [1.0, 1.0]
     assert histories.of("b").view()["reported"] == {}
     assert histories.of("nobody").view()["num_steps"] == 0
@@ -179,3 +180,53 @@ def test_what_makes_no_sense_is_an_empty_history(state: dict) -> None:
     histories = Histories()
     histories.load = lambda run_id: state
     assert histories.of("run").view()["num_steps"] == 0
+
+
+def test_passes_without_a_step_take_bounded_room_and_count_in_the_next() -> None:
+    history = RunHistory()
+    many = 3 * MAX_PASSES
+    for seq_id in range(1, many + 1):
+        backward = seq_id % 3 == 0
+        history.add_pass(seq_id, {"loss:sum": 2.0 if backward else 1.0}, 10, backward)
+    assert len(history.passes) == MAX_PASSES
+    history.add_step(many + 1, 0.0, 1e-3, {})
+    steps = history.view()["steps"]
+    assert (steps["tokens"], steps["loss"], steps["forward_loss"]) == ([10.0 * many], [0.2], [0.1])
+    assert (history.passes, history.sums) == ({}, None)
+
+
+def test_the_sums_of_passes_have_no_more_names_than_a_point() -> None:
+    history = RunHistory()
+    for seq_id in range(1, 2 * MAX_PASSES):
+        history.add_pass(seq_id, {f"own{seq_id}:sum": 1.0}, 10, True)
+    assert len(history.sums.passes[True].metrics) == MAX_NAMES
+
+
+@pytest.mark.parametrize("first", [1, 50, MAX_PASSES + 20])
+def test_passes_that_are_done_again_count_once_however_far_back_they_lie(first: int) -> None:
+    history = RunHistory()
+    many = MAX_PASSES + 100
+    for start in (1, first):
+        for seq_id in range(start, many + 1):
+            history.add_pass(seq_id, {"loss:sum": 1.0}, 10, True)
+    history.add_step(many + 1, 0.0, 1e-3, {})
+    assert history.view()["steps"]["tokens"] == [10.0 * many]
+
+
+def test_a_step_that_is_done_again_has_nothing_of_what_came_after_it() -> None:
+    history = trained(1.0)
+    for seq_id in range(3, MAX_PASSES + 100):
+        history.add_pass(seq_id, {"loss:sum": 1.0}, 10, True)
+    history.add_pass(1, {"loss:sum": 1.0}, 10, True)
+    history.add_step(2, 0.0, 1e-3, {})
+    assert history.view()["steps"]["tokens"] == [10.0]
+
+
+def test_what_has_to_go_is_told_before_it_is_forgotten() -> None:
+    histories = Histories(most=1)
+    histories.of("a").report(1, 0.0, {"reward": 1.0})
+    histories.of("b").report(1, 0.0, {"reward": 1.0})
+    assert histories.of("a").view()["reported"]["reward"] == [1.0], "it has not been saved yet"
+    assert sorted(run for run, _ in histories.changed()) == ["a", "b"]
+    assert histories.changed() == []
+    assert histories.of("b").view()["reported"] == {}

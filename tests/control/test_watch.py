@@ -14,6 +14,7 @@ import pytest
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import TENANT, Client, control_plane, optim
 from tests.control.virtual_time import VirtualClock, run
+from twinkle_serve.control.backend import SnapshotCommand
 from twinkle_serve.control.metrics import Tally, tenant_hash
 from twinkle_serve.control.spans import TRACE_PARENT, Span
 from twinkle_serve.control.watch import Watch, summary_of
@@ -200,3 +201,15 @@ def test_the_summary_of_a_sample_is_what_was_drawn() -> None:
     assert summary_of(SampleResult((sequence, sequence))) == {"sampled_tokens": 6.0}
     assert summary_of(None) == {}
     assert summary_of({"path": "tinker://x", "size_bytes": 3}) == {"size_bytes": 3.0}
+
+
+def test_samplers_take_no_place_among_the_curves(tmp_path: Path) -> None:
+    async def program() -> list[str]:
+        async with control_plane(tmp_path) as plane:
+            client = await Client(plane).open()
+            run_id = await trained(client)
+            sampler = (await client.do(run_id, 5, SnapshotCommand(1)))["sampling_session_id"]
+            await client.result(await client.sample(sampler))
+            return [owner.replace(client.session, "") for owner in plane._books.watch.histories._runs]
+
+    assert run(program()) == [":train:0"]

@@ -15,6 +15,8 @@ from typing import Any
 MAX_POINTS = 512
 MAX_RUNS = 2_000
 MAX_NAMES = 32
+# Passes since the last step that are known one by one; of older ones only their sums are.
+MAX_PASSES = 256
 # How two neighbouring points become one when the ring is full; everything else is averaged.
 _LAST = ("seq_id", "step", "time", "total_tokens")
 _SUMMED = ("tokens",)
@@ -107,23 +109,56 @@ class _Pass:
     backward: bool
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Passes that lie too far back to be known one by one, as one forward and one backward pass. first, last:
+    their seq_ids."""
+
+    first: int
+    last: int = 0
+    passes: dict[bool, _Pass] = field(default_factory=dict)
+
+    def add(self, seq_id: int, one: _Pass) -> None:
+        """Names beyond MAX_NAMES are dropped."""
+        before = self.passes.get(one.backward, _Pass({}, 0, one.backward))
+        metrics = dict(before.metrics)
+        for name, value in one.metrics.items():
+            if name in metrics or len(metrics) < MAX_NAMES:
+                metrics[name] = metrics.get(name, 0.0) + value
+        self.passes[one.backward] = _Pass(metrics, before.tokens + one.tokens, one.backward)
+        self.last = seq_id
+
+
 @dataclass
 class RunHistory:
-    """One run's curves by step, what its program reported by itself, and the passes since the last step."""
+    """One run's curves by step, what its program reported by itself, and the passes since the last step:
+    the newest by seq_id, all others as sums."""
 
     steps: Curves = field(default_factory=Curves)
     reported: Curves = field(default_factory=Curves)
     passes: dict[int, _Pass] = field(default_factory=dict)
+    sums: _Sums | None = None
 
     def add_pass(self, seq_id: int, metrics: Mapping[str, float], tokens: int, backward: bool) -> None:
         """metrics: as the client gets them, ``name:sum``. A pass that is done again counts once."""
+        if self.sums is not None and seq_id <= self.sums.last:
+            if seq_id >= self.sums.first:
+                return
+            self.sums = None  # all of them are done again after this one
         self.passes[seq_id] = _Pass(dict(metrics), tokens, backward)
+        if len(self.passes) > MAX_PASSES:
+            oldest = min(self.passes)
+            self.sums = self.sums or _Sums(first=oldest)
+            self.sums.add(oldest, self.passes.pop(oldest))
 
     def add_step(self, seq_id: int, time: float, learning_rate: float, metrics: Mapping[str, float]) -> None:
         """A step that was done before (recovery does some again) replaces what came of it then."""
         self.steps.truncate("seq_id", seq_id)
         passes = [each for number, each in self.passes.items() if number < seq_id]
+        if self.sums is not None and self.sums.last < seq_id:
+            passes += self.sums.passes.values()
         self.passes.clear()
+        self.sums = None
         tokens = sum(each.tokens for each in passes)
         point = {
             "seq_id": float(seq_id),
@@ -195,7 +230,8 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Histories:
-    """The histories of all runs; the one that was touched longest ago goes when there are too many.
+    """The histories of all runs; the one that was touched longest ago goes when there are too many, once
+    ``changed`` has told what is new in it.
 
     load: what is known of a run from before, as ``RunHistory.state`` gave it.
     """
@@ -204,17 +240,17 @@ class Histories:
         self._most = most
         self._runs: OrderedDict[str, RunHistory] = OrderedDict()
         self._saved: dict[str, int] = {}
+        self._leaving: dict[str, RunHistory] = {}
         self.load: Callable[[str], Mapping[str, Any] | None] = lambda run_id: None
 
     def of(self, run_id: str) -> RunHistory:
         history = self._runs.get(run_id)
         if history is None:
-            state = self.load(run_id)
-            history = self._runs[run_id] = RunHistory() if state is None else RunHistory.restored(state)
-            self._saved[run_id] = history.version
+            history = self._runs[run_id] = self._returned(run_id) or self._loaded(run_id)
             if len(self._runs) > self._most:
-                gone, _ = self._runs.popitem(last=False)
-                del self._saved[gone]
+                gone, oldest = self._runs.popitem(last=False)
+                if self._saved.pop(gone) != oldest.version:
+                    self._leaving[gone] = oldest
         self._runs.move_to_end(run_id)
         return history
 
@@ -222,4 +258,19 @@ class Histories:
         """The states of those that have changed since the last call."""
         found = [(run_id, h) for run_id, h in self._runs.items() if h.version != self._saved[run_id]]
         self._saved.update((run_id, history.version) for run_id, history in found)
+        found += self._leaving.items()
+        self._leaving.clear()
         return [(run_id, history.state()) for run_id, history in found]
+
+    def _returned(self, run_id: str) -> RunHistory | None:
+        """One that was to go and is not told yet."""
+        history = self._leaving.pop(run_id, None)
+        if history is not None:
+            self._saved[run_id] = -1
+        return history
+
+    def _loaded(self, run_id: str) -> RunHistory:
+        state = self.load(run_id)
+        history = RunHistory() if state is None else RunHistory.restored(state)
+        self._saved[run_id] = history.version
+        return history

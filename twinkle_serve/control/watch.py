@@ -127,13 +127,14 @@ class Watch:
         if request is None or outcome.failure is not None:
             return
         numbers = {**outcome.metrics, **summary_of(outcome.value)}
-        history = self.histories.of(request.owner)
         match request.kind:
             case "forward" | "forward_backward":
                 backward = request.kind == "forward_backward"
+                history = self.histories.of(request.owner)
                 history.add_pass(request.seq_id or 0, numbers, request.tokens, backward)
                 self._count_tokens(request, "train" if backward else "forward", request.tokens)
             case "optim_step":
+                history = self.histories.of(request.owner)
                 history.add_step(request.seq_id or 0, self._clock.now(), request.learning_rate, numbers)
                 self.meter.add("optimizer_steps", 1, model=request.model)
             case "sample":
