@@ -83,7 +83,8 @@ async def fall_back(keeper: Keeper, run: Run, held: Sequence[RunEntry], reason: 
         await _rewind(keeper, kept)
     else:
         corrupt(keeper, run, f"its snapshots cannot be read: {reason}")
-    run.log.ready.extend(held)
+    # A snapshot that was listed since may have some of them.
+    run.log.ready.extend(entry for entry in held if entry.seq_id > kept.covered)
     run.log.go_on(keeper.books.clock.now())
 
 
