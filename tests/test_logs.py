@@ -58,10 +58,10 @@ def test_an_exception_stays_on_one_line(tmp_path: Path) -> None:
 
 
 def test_without_a_file_it_is_text_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logs(MonitoringConfig(), "rank 0 of tiny")
+    configure_logs(MonitoringConfig(), "rank 0 of a%model")
     logger.info("the step is done")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("INFO rank 0 of tiny: the step is done")
+    assert line.endswith("INFO rank 0 of a%model: the step is done")
     configure_logs(MonitoringConfig(), "again")
     logger.info("told once")
     assert len(capsys.readouterr().err.splitlines()) == 1

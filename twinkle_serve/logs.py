@@ -57,7 +57,8 @@ def configure_logs(config: MonitoringConfig, component: str) -> None:
     handler: logging.Handler
     if config.log_file is None:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {component}: %(message)s"))
+        said = component.replace("%", "%%")  # it has the name of a model in it
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {said}: %(message)s"))
     else:
         config.log_file.parent.mkdir(parents=True, exist_ok=True)
         handler = WatchedFileHandler(config.log_file, encoding="utf-8")

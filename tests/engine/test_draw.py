@@ -275,3 +275,21 @@ def test_a_token_costs_the_same_however_long_the_sample_is() -> None:
     rule = StopRule(SamplingParams(stop_strings=("END",)), counting)
     assert first_end(rule, [0] * 1000) is None
     assert longest < 20
+
+
+def test_a_row_with_a_large_top_k_does_not_make_others_sort_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[tuple[int, int]] = []
+    topk = torch.Tensor.topk
+
+    def noted(tensor: torch.Tensor, k: int, dim: int) -> object:
+        widths.append((tensor.shape[0], k))
+        return topk(tensor, k, dim)
+
+    monkeypatch.setattr(torch.Tensor, "topk", noted)
+    wide = DrawParams(1.0, 3_000, 0.9, 0.5)
+    narrow = [DrawParams(1.0, 50, 0.9, 0.5), DrawParams(1.0, -1, 0.9, 0.5)]
+    draw_tokens(
+        torch.randn(3, 4_096, generator=torch.Generator().manual_seed(0)), [narrow[0], wide, narrow[1]]
+    )
+    assert (1, 3_000) in widths
+    assert (2, 1_024) in widths

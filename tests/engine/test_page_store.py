@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,13 +128,16 @@ def test_directories_of_killed_processes_are_removed_and_of_others_are_not(tmp_p
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     left_behind = Path(str(first).replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
-    elsewhere = tmp_path / "pages" / f"twinkle-pages-another-host-{ended.pid}-x"
-    for directory in (left_behind, elsewhere):
+    elsewhere = [
+        tmp_path / "pages" / f"twinkle-pages-{host}-{ended.pid}-x"
+        for host in ("another-host", f"{socket.gethostname()}-2", f"{socket.gethostname()}-{ended.pid}")
+    ]
+    for directory in (left_behind, *elsewhere):
         directory.mkdir()
         (directory / "page").write_bytes(b"x")
     second = new_page_directory(tmp_path / "pages")
     assert second != first
-    assert {first, second, elsewhere} == set((tmp_path / "pages").iterdir())
+    assert {first, second, *elsewhere} == set((tmp_path / "pages").iterdir())
 
 
 def test_a_disk_that_takes_no_more_costs_only_the_newcomer(tmp_path: Path) -> None:

@@ -129,22 +129,22 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
     ("fields", "message"),
     [
         (
-            {"topk_sample_logprobs": 1024, "num_samples": 8, "sampling_params": {"max_tokens": 5000}},
-            "topk_sample_logprobs is 1024 for up to 40000 tokens of all samples: 40960000",
+            {"topk_sample_logprobs": 1024, "num_samples": 8, "sampling_params": {"max_tokens": 10000}},
+            "topk_sample_logprobs is 1024 for up to 80000 tokens of all samples: 81920000",
         ),
-        ({"topk_sample_logprobs": 1024, "num_samples": 8}, "up to 261880 tokens"),
-        ({"topk_prompt_logprobs": 1024, "prompt": {"chunks": [{"tokens": [1] * 20000}]}}, "at most 16777216"),
+        ({"topk_sample_logprobs": 1024, "num_samples": 8}, "up to 1048312 tokens"),
+        ({"topk_prompt_logprobs": 1024, "prompt": {"chunks": [{"tokens": [1] * 70000}]}}, "at most 67108864"),
         (
-            {"prompt_alt_tokens_k": 1024, "prompt": {"chunks": [{"tokens": [1] * 20000}]}},
+            {"prompt_alt_tokens_k": 1024, "prompt": {"chunks": [{"tokens": [1] * 70000}]}},
             "prompt_alt_tokens_k",
         ),
     ],
 )
 def test_all_alternatives_of_an_answer_have_a_limit(fields: dict[str, Any], message: str) -> None:
-    limits = SampleLimits(vocab_size=2000, max_length=2**15 - 30, eos_token_ids=(2,), max_num_samples=8)
+    limits = SampleLimits(vocab_size=2000, max_length=2**17 - 30, eos_token_ids=(2,), max_num_samples=8)
     with pytest.raises(UserError, match=message):
         decode_sample(body(**fields), limits)
-    decode_sample(body(topk_sample_logprobs=1024, sampling_params={"max_tokens": 16000}), limits)
+    decode_sample(body(topk_sample_logprobs=1024, sampling_params={"max_tokens": 65536}), limits)
 
 
 def test_a_prompt_may_fill_the_context() -> None:

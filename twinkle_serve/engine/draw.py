@@ -130,7 +130,11 @@ def _by_method(params: Sequence[DrawParams]) -> list[tuple[_Method, list[int]]]:
     greedy = [row for row, p in enumerate(params) if p.temperature == 0]
     whole = [row for row, p in enumerate(params) if p.temperature > 0 and not p.truncated]
     truncated = [row for row, p in enumerate(params) if p.temperature > 0 and p.truncated]
-    groups: list[tuple[_Method, list[int]]] = [(_greedy, greedy), (_whole, whole), (_truncated, truncated)]
+    # Apart, since rows that are sorted together are sorted equally far.
+    narrow = [row for row in truncated if params[row].top_k <= _CANDIDATES]
+    wide = [row for row in truncated if params[row].top_k > _CANDIDATES]
+    groups: list[tuple[_Method, list[int]]] = [(_greedy, greedy), (_whole, whole)]
+    groups += [(_truncated, narrow), (_truncated, wide)]
     return [(method, rows) for method, rows in groups if rows]
 
 

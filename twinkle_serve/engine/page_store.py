@@ -5,9 +5,9 @@ Knows AdapterStates by name. Does not know why one is here (a paged-out run or a
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -24,9 +24,10 @@ def new_page_directory(parent: Path | None) -> Path:
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f"twinkle-pages-{socket.gethostname()}-"
-    for found in parent.glob(f"{glob.escape(prefix)}*"):
-        owner = found.name.removeprefix(prefix).partition("-")[0]
-        if not Path("/proc", owner).exists():
+    own = re.compile(rf"{re.escape(prefix)}(\d+)-[^-]+")
+    for found in parent.iterdir() if Path("/proc/self").exists() else ():
+        owner = own.fullmatch(found.name)
+        if owner is not None and not Path("/proc", owner[1]).exists():
             shutil.rmtree(found, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
 

@@ -23,7 +23,7 @@ from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_js
 
 MAX_STOPS = 64
 MAX_TOPK = 1024
-MAX_TOPK_CELLS = 2**24
+MAX_TOPK_CELLS = 2**26
 """Alternatives, of eight bytes each, that all tokens of an answer may have together."""
 
 
@@ -97,7 +97,7 @@ def check_topk(name: str, k: int, num_tokens: int) -> None:
     if k * num_tokens > MAX_TOPK_CELLS:
         raise UserError(
             f"{name} is {k} for up to {num_tokens} tokens of all samples: {k * num_tokens} alternatives; "
-            f"at most {MAX_TOPK_CELLS} are possible"
+            f"at most {MAX_TOPK_CELLS} are possible; ask for fewer, or set max_tokens"
         )
 
 
