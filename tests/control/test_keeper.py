@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.control.memory_catalog import MemoryCatalog
 from tests.control.memory_journal import MemoryFiles, MemoryJournal
 from tests.control.plane import TENANT, Client, counting_tokens, make_config, optim
 from tests.control.virtual_time import VirtualClock, virtual
+from twinkle_serve.control import recovery
 from twinkle_serve.control.backend import SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
@@ -88,6 +90,31 @@ async def test_after_a_restart_results_are_there_again_under_the_same_ids():
         assert await client.submit(run, 1, pass_command("a")) == requests[0]
         assert await client.submit(run, 3, pass_command("b")) == requests[2]
         assert await client.do(run, 4, pass_command("c")) == ("create", "a", "optim 1", "b", "c")
+
+
+@virtual
+async def test_snapshots_go_on_after_a_restart_without_the_results_that_an_old_one_covers():
+    """Between two snapshots the journal keeps what was done, but results only for their time."""
+    store = Store(snapshot_every_steps=1)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        requests = []
+        for seq_id in (1, 3):
+            requests.append(await client.submit(run, seq_id, pass_command(f"p{seq_id}")))
+            requests.append(await client.submit(run, seq_id + 1, optim()))
+            await client.result(requests[-1])
+            await asyncio.sleep(5)
+        history = store.journal.rows[run]
+        assert [snapshot.covered for snapshot in history.snapshots] == [4, 2]
+        await store.journal.drop_results(requests)
+    async with store.opened() as plane:
+        client = again(client, plane)
+        assert (await plane.poll(TENANT, requests[2], 0.0)).state == "gone"
+        await client.do(run, 5, optim())
+        await asyncio.sleep(5)
+        assert [snapshot.covered for snapshot in store.journal.rows[run].snapshots] == [5, 4]
+        assert plane._books.promises.num_pending == 0
 
 
 @virtual
@@ -233,6 +260,22 @@ async def test_an_unloaded_run_leaves_its_results_and_nothing_else():
         client = again(client, plane)
         assert await client.result(bye) == {"model_id": run}
         assert await client.result(step) == ["create", "optim 1", "a"]
+
+
+@virtual
+async def test_what_an_unloaded_run_was_doing_when_its_group_died_is_told():
+    """It is not done again, so whoever waits for it would wait for ever, and the run would never be retired."""
+    store, group = Store(), EchoGroup()
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        record = await client.create()
+        group.pass_s = 10**6  # longer than it will live
+        doing = await client.submit(record, 1, pass_command("a"))
+        await asyncio.sleep(1)
+        run = plane._books.runs.find(record)
+        run.record = replace(run.record, unloaded=True)
+        await recovery.rewind(plane._keeper, run)
+        assert "unloaded meanwhile" in (await client.failure(doing)).message
 
 
 class SlowDisk(EchoGroup):

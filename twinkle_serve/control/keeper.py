@@ -188,6 +188,10 @@ class Keeper:
                 # Its checkpoint may be deleted or replaced, and then it cannot be done again.
                 kept.is_urgent = True
 
+    def is_in_tick(self, run: Run) -> bool:
+        """Whether something of the run is in the tick that runs."""
+        return run.group in self._work and self._work[run.group][run.run_id] > 0
+
     def ticked(self, group: str, seconds: Mapping[str, float]) -> None:
         """The tick is over, and took so long by phase."""
         work, held = self._work.pop(group, Counter()), self._held.pop(group, [])
@@ -261,7 +265,8 @@ class Keeper:
         kept.done = [seq_id for seq_id in kept.done if seq_id > drop_until]
         kept.dropped_until = drop_until
         kept.is_persisting = False
-        for old in dropped:
+        # One that the run is on its way from goes at the next start.
+        for old in () if kept.is_restoring else dropped:
             self.files.remove(old.file)
         self._park_if_clean(kept)
 

@@ -47,6 +47,7 @@ class Kept:
     is_urgent: bool = False
     is_persisting: bool = False
     is_restoring: bool = False
+    is_rewinding: bool = False
     is_parking: bool = False
 
     @property

@@ -31,6 +31,7 @@ from twinkle_serve.storage.journal_rows import (
 from twinkle_serve.storage.records import RunRecord, SamplerRecord
 
 logger = logging.getLogger(__name__)
+_UNLOADED = Failure("the workers died while they did this, and the run was unloaded meanwhile", "server")
 
 
 # after the group died ---------------------------------------------------------------------------------
@@ -39,9 +40,19 @@ logger = logging.getLogger(__name__)
 async def rewind(keeper: Keeper, run: Run) -> None:
     """Nothing is left of the run in the group: what was done since its snapshot is to be done again."""
     kept = keeper.kept.get(run.run_id)
-    if kept is None or run.record.unloaded or run.record.corrupted or run.log.is_held:
+    if kept is not None and run.record.unloaded:
+        return _end_of_unloaded(keeper, kept)
+    if kept is None or run.record.corrupted or run.log.is_held:
         return  # what holds the log is fall_back, which does the same
     await _rewind(keeper, kept)
+
+
+def _end_of_unloaded(keeper: Keeper, kept: Kept) -> None:
+    """What the group was still doing for the run when it died is not done again."""
+    waiting = {entry.request_id for entry in kept.run.log.ready}
+    for request_id, _ in kept.unstored.values():
+        if request_id not in waiting and keeper.books.promises.is_pending(request_id):
+            keeper.books.fail(request_id, _UNLOADED)
 
 
 async def _rewind(keeper: Keeper, kept: Kept) -> None:
@@ -50,7 +61,11 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
         return  # it never came to life, and its client knows
     if not kept.snapshots and not kept.done:
         return  # its birth is still to come
-    known = await _known(keeper, kept)
+    kept.is_rewinding = True
+    try:
+        known = await _known(keeper, kept)
+    finally:
+        kept.is_rewinding = False
     # Only now is it sure what is to be done again: a snapshot may have been listed meanwhile.
     redo = kept.to_redo
     skipped = _skip_covered(kept)
@@ -236,7 +251,12 @@ def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
         run.down = _corrupted(run, "it is damaged")
         return
     while run.log.ready and run.log.ready[0].seq_id <= kept.covered:
-        kept.done.append(run.log.ready.popleft().seq_id)
+        entry = run.log.ready.popleft()
+        kept.done.append(entry.seq_id)
+        if keeper.books.promises.is_pending(entry.request_id):
+            # Its result was kept for its time and is gone; nobody will make it again.
+            keeper.books.promises.lose(entry.request_id)
+            kept.unstored.pop(entry.seq_id, None)
     if kept.snapshots:
         run.down = None
         run.log.rewind([kept.restore_entry(keeper.files.path(kept.snapshots[0].file))])

@@ -52,8 +52,12 @@ def _make_room(keeper: Keeper, kept: Kept) -> None:
 
 
 def _is_of_no_use(keeper: Keeper, kept: Kept) -> bool:
-    """The run has no adapter, and nothing is on its way that could bring it one."""
-    return not kept.run.wants_adapter and not kept.run.log.ready and _is_answered(keeper, kept)
+    """The run has no adapter, and nothing is on its way that could bring it one. What is left of a corrupted
+    one is for its rescue."""
+    run = kept.run
+    if run.wants_adapter or run.record.corrupted or kept.is_rewinding or keeper.is_in_tick(run):
+        return False
+    return not run.log.ready and _is_answered(keeper, kept)
 
 
 async def _forget(keeper: Keeper, kept: Kept) -> None:
