@@ -264,7 +264,7 @@ async def test_an_unloaded_run_leaves_its_results_and_nothing_else():
 
 @virtual
 async def test_what_an_unloaded_run_was_doing_when_its_group_died_is_told():
-    """It is not done again, so whoever waits for it would wait for ever, and the run would never be retired."""
+    """It is not done again: whoever waits would wait for ever, and the run would never be retired."""
     store, group = Store(), EchoGroup()
     async with store.opened(group) as plane:
         client = await Client(plane).open()
