@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import TENANT, Client, optim
 from tests.control.test_keeper import Store, again
+from twinkle_serve.control import room
 from twinkle_serve.control.backend import LoadCommand, SaveCommand, UnloadCommand
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.work import Failure
 from twinkle_serve.storage.journal import Journal
 
 LIMIT = 2**20
@@ -197,3 +200,19 @@ async def test_requests_that_failed_behind_a_gap_are_not_kept_for_ever(tmp_path)
         client = again(client, plane)
         assert "did not arrive" in (await client.failure(requests[0])).message
         assert await client.do(run, last + 2, pass_command("b")) == ("create", "a", "b")
+
+
+@pytest.mark.parametrize("state", ["", "rewinding", "in the tick", "corrupted"])
+async def test_a_run_that_may_come_back_is_not_forgotten(tmp_path, state):
+    store = limited(tmp_path)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run_id = await client.create()
+        keeper, run = plane._keeper, plane._books.runs.find(run_id)
+        await client.do(run_id, 1, pass_command("a"))
+        run.down = Failure("it has no adapter", "server")
+        kept = keeper.kept[run_id]
+        kept.is_rewinding = state == "rewinding"
+        keeper._work[run.group][run_id] = int(state == "in the tick")
+        run.record = replace(run.record, corrupted=state == "corrupted")
+        assert room._is_of_no_use(keeper, kept) == (state == "")
