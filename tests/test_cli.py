@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from twinkle_serve.cli import main
+from twinkle_serve.cli import _url, main
 from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.config import load_config
 from twinkle_serve.testing.server import RunningServer, free_port, running_server
@@ -47,6 +47,17 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_check_config_says_what_is_served(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-config", str(config), "--set", "http.port=8123"]) == 0
     assert "serves tiny at http://127.0.0.1:8123" in capsys.readouterr().out
+    assert main(["check-config", str(config), "--set", "http.host='::1'"]) == 0
+    assert "serves tiny at http://[::1]:8000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]")],
+)
+def test_clients_are_told_an_address_that_they_can_use(config: Path, host: str, shown: str) -> None:
+    loaded = load_config(config, [f"http.host='{host}'", "auth.allow_public=true"])
+    assert _url(loaded) == f"http://{shown}:8000"
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def _problem(detail: Any) -> str:
 def check_config(config: Config, options: argparse.Namespace) -> None:
     """Print one line; load_config has done the work."""
     names = ", ".join(model.name for model in config.models)
-    print(f"{options.config}: fine; serves {names} at http://{config.http.host}:{config.http.port}")
+    print(f"{options.config}: fine; serves {names} at http://{_in_url(config.http.host)}:{config.http.port}")
 
 
 def plan(config: Config, options: argparse.Namespace) -> None:
@@ -304,8 +304,11 @@ def _require_free(host: str, port: int) -> None:
 
 def _url(config: Config) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
-    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    return f"http://{host}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
+    return f"http://{_in_url(host)}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _healthy(config: Config) -> bool:
