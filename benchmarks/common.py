@@ -26,6 +26,10 @@ class Timing:
     cpu: float
 
 
+Timings = Mapping[str, Timing]
+"""By the names of the arms."""
+
+
 def interleave(
     arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: bool = False
 ) -> dict[str, Timing]:
@@ -62,7 +66,7 @@ class Report:
         what: str,
         ratio: float,
         target: str = "",
-        timings: Mapping[str, Timing] | None = None,
+        timings: Timings | None = None,
         why: str = "",
     ) -> None:
         """One figure: a ratio measured in this run, beside what it should reach and what it came from. why:

@@ -5,7 +5,6 @@ Knows how to turn their reports into rows. Does not know what they measure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks import engine, sampling
-from benchmarks.common import Report, Timing
+from benchmarks.common import Report, Timings
 from benchmarks.measure import Budget
 from benchmarks.table import Rows
 from twinkle_serve.testing.models import build_bench_moe, build_tiny_qwen3_moe
@@ -26,16 +25,11 @@ class AsReport:
         self._rows = rows
 
     def row(
-        self,
-        what: str,
-        ratio: float,
-        target: str = "",
-        timings: Mapping[str, Timing] | None = None,
-        why: str = "",
+        self, what: str, ratio: float, target: str = "", timings: Timings | None = None, **rest: Any
     ) -> None:
         cpu = {f"{name} s": timing.cpu for name, timing in (timings or {}).items()}
         detail: dict[str, Any] = {name: asdict(timing) for name, timing in (timings or {}).items()}
-        self._rows.add(what, ratio, target=target, why=why, cpu=cpu, detail=detail)
+        self._rows.add(what, ratio, target=target, cpu=cpu, detail=detail, **rest)
 
 
 def run_engine(rows: Rows, budget: Budget, models: Path) -> None:

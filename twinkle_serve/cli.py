@@ -154,8 +154,9 @@ def keys_command(config: Config, options: argparse.Namespace) -> None:
         with contextlib.closing(KeyStore(config.storage.root)) as store:
             if options.action == "list":
                 for record in store.list():
-                    state, at = ("revoked", record.revoked_at) if record.revoked_at else ("active", None)
-                    print(f"{record.name}\t{state}\tsince {time.ctime(at or record.created_at)}")
+                    state = "revoked" if record.revoked_at else "active"
+                    since = time.ctime(record.revoked_at or record.created_at)
+                    print(f"{record.name}\t{state}\tsince {since}")
             else:
                 result = getattr(store, options.action)(options.name)
                 print(result if result is not None else f"{options.name}: revoked")

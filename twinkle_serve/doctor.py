@@ -108,7 +108,7 @@ def _port(name: str, host: str, port: int) -> Finding:
 
 def _disk(config: Config) -> Iterator[Finding]:
     root = config.storage.root
-    existing = next(parent for parent in [root, *root.parents] if parent.exists())
+    existing = _existing(root)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -126,6 +126,11 @@ def _disk(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "disk", text)
 
 
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    return next(parent for parent in [path, *path.parents] if parent.exists())
+
+
 def _pages(config: Config) -> Iterator[Finding]:
     """Room for paged adapters, on this machine; ranks may be on others."""
     wanted: dict[Path, int] = {}
@@ -134,8 +139,7 @@ def _pages(config: Config) -> Iterator[Finding]:
         most = model.disk_page_bytes * model.groups * model.ranks
         wanted[directory] = wanted.get(directory, 0) + most
     for directory, size in wanted.items():
-        existing = next(parent for parent in [directory, *directory.parents] if parent.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(_existing(directory)).free
         text = f"{_gb(free)} free below {directory} for paged adapters (models.N.page_dir)"
         if free < size:
             yield Finding("warn", "pages", f"{text}; disk_page_bytes of all ranks allow {_gb(size)}")

@@ -256,14 +256,10 @@ class Keeper:
             self.files.remove(snapshot.file)
             self._not_persisted(kept)
             return
-        # All of them are settled; what is not among the results nobody can ask for any more.
-        for seq_id in [seq_id for seq_id in kept.unstored if seq_id <= snapshot.covered]:
-            del kept.unstored[seq_id]
         if older and older[0].covered == snapshot.covered:
             dropped, older = [*dropped, *older], []
-        kept.snapshots, kept.bad = [snapshot, *older], []
-        kept.done = [seq_id for seq_id in kept.done if seq_id > drop_until]
-        kept.dropped_until = drop_until
+        # All of them are settled; what is not among the results nobody can ask for any more.
+        kept.listed([snapshot, *older], drop_until)
         kept.is_persisting = False
         # One that the run is on its way from goes at the next start.
         for old in () if kept.is_restoring else dropped:

@@ -68,6 +68,13 @@ class Kept:
         self.is_restoring = True
         return Entry(self.covered, f"restore {self.run.run_id}", RestoreCommand(path, self.covered))
 
+    def listed(self, snapshots: list[StoredSnapshot], drop_until: int) -> None:
+        """These are its snapshots now. The journal has no entries up to ``drop_until`` any more, and the
+        results of all that the newest covers."""
+        self.snapshots, self.bad, self.dropped_until = snapshots, [], drop_until
+        self.done = [seq_id for seq_id in self.done if seq_id > drop_until]
+        self.unstored = {seq_id: each for seq_id, each in self.unstored.items() if seq_id > self.covered}
+
     def begin_snapshot(self) -> None:
         """What is done up to now will be in it."""
         self.is_persisting, self.is_urgent = True, False

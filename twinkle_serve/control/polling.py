@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from twinkle_serve.control.backend import Poll
+from twinkle_serve.control.backend import NotFound, Poll
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.clock import Clock
 from twinkle_serve.control.driver import GroupDriver
@@ -112,5 +112,7 @@ class Polling:
         run = self._books.runs.find(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
         if run is None:
             return list(self._drivers.values())
-        is_served = any(each.group.info.name == run.record.base_model for each in self._drivers.values())
-        return [driver_of(self._drivers, run)] if is_served else []
+        try:
+            return [driver_of(self._drivers, run)]
+        except NotFound:
+            return []

@@ -104,10 +104,7 @@ async def _list_alone(keeper: Keeper, kept: Kept, covered: int, results: list[St
     # As nothing else up to ``covered`` will be done, the file is that of the run up to there.
     newest, older = replace(kept.snapshots[0], covered=covered), kept.snapshots[1:]
     gone = [*kept.bad, *(snapshot.covered for snapshot in kept.snapshots)]
-    kept.snapshots, kept.bad, kept.dropped_until = [newest], [], covered
-    kept.done = [seq_id for seq_id in kept.done if seq_id > covered]
-    for seq_id in [seq_id for seq_id in kept.unstored if seq_id <= covered]:
-        del kept.unstored[seq_id]
+    kept.listed([newest], covered)
     if kept.is_restoring:
         kept.run.log.ready[0] = kept.restore_entry(keeper.files.path(newest.file))
     await keeper.journal.cover(newest, results, covered, gone)

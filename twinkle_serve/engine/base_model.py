@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import attention, experts
+from twinkle_serve.engine.agreement import disagreement
 from twinkle_serve.engine.attach import attach
 from twinkle_serve.engine.attention import Attend, AttentionSwitch, PackedCausal
 from twinkle_serve.engine.frozen import pack
@@ -323,10 +324,8 @@ def _verify(base: BaseModel, probe: torch.Tensor, expected: torch.Tensor) -> Non
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest of [N, V], relative to the largest logit. In bfloat16 that of the median row: rounding
-    sends some rows of a mixture to other experts, and these are far off then."""
-    rows = (logits - expected).abs().amax(1) / expected.abs().max().clamp(min=1)
-    return (rows.max() if dtype == torch.float32 else rows.median()).item()
+    """Of [N, V], relative to the largest logit."""
+    return disagreement(logits, expected, expected.abs().max().clamp(min=1), dtype)
 
 
 def _rehearse(base: BaseModel) -> None:

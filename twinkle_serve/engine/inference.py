@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from twinkle_serve.engine.adapter_pool import Block
+from twinkle_serve.engine.agreement import disagreement
 from twinkle_serve.engine.attention import PackedCausal
 from twinkle_serve.engine.base_model import BaseModel
 from twinkle_serve.engine.frozen import product_into
@@ -179,10 +180,7 @@ class Inference:
         return logits
 
     def _error(self) -> float:
-        """The largest difference to the modules' own hidden states, relative to the largest of these.
-
-        In bfloat16 that of the median row: rounding sends some to other experts, which are far off then.
-        """
+        """How far the hidden states are from the modules' own, relative to the largest of these."""
         device = self._base.device
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self._base.info.vocab_size, (sum(_PROBE),), generator=generator).to(device)
@@ -191,8 +189,7 @@ class Inference:
         with torch.no_grad():
             expected = self._base.hidden_states(tokens, positions, PackedCausal(_PROBE)).float()
         found = self.hidden_states(tokens, positions, _Uncached(_PROBE)).float()
-        rows = (found - expected).abs().amax(1) / expected.abs().max()
-        return (rows.max() if self._base.dtype == torch.float32 else rows.median()).item()
+        return disagreement(found, expected, expected.abs().max(), self._base.dtype)
 
 
 class _Uncached:
