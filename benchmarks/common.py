@@ -5,6 +5,7 @@ Knows how to time callables fairly on a shared machine. Does not know what they 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -31,15 +32,22 @@ Timings = Mapping[str, Timing]
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: bool = False
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    settle: bool = False,
+    seconds: float = 0.0,
 ) -> dict[str, Timing]:
     """Run all arms ``rounds`` times in turn, so that a busy moment of the machine hits each alike.
 
+    seconds: go on for that long where the arms are short, whose times vary most.
     settle: each runs once before it is timed. It then finds caches and allocator as it leaves them itself,
     not as the arm before it did, which is always the same one.
     """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    for turn in range(warmup + rounds):
+    turns = itertools.count()
+    end = time.perf_counter() + seconds
+    while (turn := next(turns)) < warmup + rounds or time.perf_counter() < end:
         for name, arm in arms.items():
             if settle:
                 arm()

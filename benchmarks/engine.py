@@ -29,6 +29,8 @@ from twinkle_serve.testing.models import build_bench_moe, build_sparse_moe, buil
 
 RANK = 8
 DATUM_TOKENS = 64
+SECONDS = 8.0
+"""A row takes at least this long."""
 MICROBATCH_TOKENS = 4096
 FROZEN = "_linear_pointwise"
 """The product with a frozen weight in oneDNN's layout, in a profile."""
@@ -125,7 +127,8 @@ def _measure_one(
         "deterministic": lambda: tenants.step(slots, batches, deterministic=True),
         "peft": lambda: [bare(batch) for batch in batches],
     }
-    times = interleave(arms, rounds=5 if tokens * count <= 4096 else 2, warmup=0, settle=True)
+    rounds = 5 if tokens * count <= 4096 else 2
+    times = interleave(arms, rounds, warmup=0, settle=True, seconds=SECONDS)
     batched, alone, peft = times["batched"], times["one by one"], times["peft"]
     aim = BATCHED_TARGETS.get((tokens, count), ">= 1.0" if count > 1 else "")
     found = alone.cpu / batched.cpu
