@@ -38,17 +38,19 @@ def interleave(
     settle: bool = False,
     seconds: float = 0.0,
 ) -> dict[str, Timing]:
-    """Run all arms ``rounds`` times in turn, so that a busy moment of the machine hits each alike.
+    """Run all arms ``rounds`` times in turn, there and back, so that a busy moment of the machine hits each
+    alike and none always follows the same other one.
 
     seconds: go on for that long where the arms are short, whose times vary most.
     settle: each runs once before it is timed. It then finds caches and allocator as it leaves them itself,
-    not as the arm before it did, which is always the same one.
+    not as the arm before it did.
     """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    there = list(arms.items())
     turns = itertools.count()
     end = time.perf_counter() + seconds
     while (turn := next(turns)) < warmup + rounds or time.perf_counter() < end:
-        for name, arm in arms.items():
+        for name, arm in there if turn % 2 == 0 else there[::-1]:
             if settle:
                 arm()
             wall, cpu = time.perf_counter(), time.process_time()
