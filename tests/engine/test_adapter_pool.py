@@ -122,13 +122,13 @@ def test_weights_that_are_not_finite_never_enter(bad: float) -> None:
     broken = state(4)
     broken.weights[2, 5] = bad
     with pytest.raises(ValueError, match="diverged"):
-        store.put(broken)
+        store.check(broken)
     assert store.put(state(64)).first == 0
 
 
 def test_an_adapter_larger_than_the_pool_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank 9; 8 "):
-        pool(8).put(state(9))
+        pool(8).check(state(9))
 
 
 def test_large_batches_are_not_merged() -> None:

@@ -133,13 +133,16 @@ class AdapterPool:
         width = 4 + (0 if self._dtype == torch.float32 else self._dtype.itemsize)
         return self._num_rows * self._layout.row_size * width
 
-    def put(self, state: AdapterState) -> Pooled:
-        """Raises PoolFull, or ValueError for weights that no product may touch: a zero in another row's mask
-        does not stop a NaN."""
+    def check(self, state: AdapterState) -> None:
+        """Raises ValueError for what may not be put: too large a rank, or weights that no product may touch,
+        as a zero in another row's mask does not stop a NaN."""
         if state.spec.rank > self._num_rows:
             raise ValueError(f"the adapter has rank {state.spec.rank}; {self._num_rows} is served")
         if not bool(torch.isfinite(state.weights.to(self._dtype)).all()):
             raise ValueError("these weights are not finite: they have diverged; use an earlier checkpoint")
+
+    def put(self, state: AdapterState) -> Pooled:
+        """state: has passed ``check``. Raises PoolFull."""
         first = self._gap(state.spec.rank)
         rows = slice(first, first + state.spec.rank)
         self._weights[rows].copy_(state.weights)

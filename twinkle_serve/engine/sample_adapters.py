@@ -16,7 +16,7 @@ from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import read_state
 from twinkle_serve.protocol.work import AdapterRef
-from twinkle_serve.storage.checkpoints import STATE_SUFFIX
+from twinkle_serve.storage.checkpoints import STATE_SUFFIX, CheckpointError
 
 
 class SampleAdapters:
@@ -34,8 +34,9 @@ class SampleAdapters:
     def hold(self, ref: AdapterRef) -> Pooled:
         """The adapter of ``ref``, which stays where it is until it is let go as often as it was held.
 
-        Raises PoolFull while adapters in use leave no room, KeyError for a snapshot that is gone, and what
-        AdapterPool.put and load_adapter raise.
+        The same on all ranks, which ask for the same adapters in the same order: their pools never differ.
+        Raises PoolFull while adapters in use leave no room, KeyError for a snapshot that is gone, what
+        AdapterPool.check and load_adapter raise, and RankLost.
         """
         found = self._at_hand.get(ref.adapter)
         if found is None:
@@ -72,6 +73,20 @@ class SampleAdapters:
                 self.drop(idle)
 
     def _read(self, ref: AdapterRef) -> AdapterState:
+        """What may be put into the pool, on all ranks or on none: before any of them has made room for it."""
+        state, error = None, None
+        try:
+            state = self._read_own(ref)
+            self.pool.check(state)
+        except (ValueError, KeyError, OSError, CheckpointError) as raised:
+            error = raised
+        for failure in self._shares.ranks.everyone(error):
+            if failure is not None:
+                raise failure
+        assert state is not None
+        return state
+
+    def _read_own(self, ref: AdapterRef) -> AdapterState:
         if ref.directory is None:
             return self._snapshots.get(ref.adapter)
         whole = self._shares.ranks.on_first(partial(self._read_whole, ref.directory))

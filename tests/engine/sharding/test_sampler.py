@@ -160,6 +160,21 @@ def test_weights_that_diverged_on_one_rank_are_refused_by_all(both: BothFactory)
         assert [found[f"x{i}"].failure is None for i in range(4)] == [False, True, False, True]
 
 
+def test_a_refusal_on_one_rank_leaves_both_pools_alike(both: BothFactory, tmp_path: Path) -> None:
+    """The pool has one place. Who keeps an adapter that its peer gave up would not read it with it again."""
+    pair = both("expert_parallel", max_rank=8, sampler=SamplerConfig(adapter_slots=1))
+    pair.create([LoraSpec(8, 0), LoraSpec(8, 1)])
+    on_crew(pair, saves=(SaveAdapter("save", 1, str(tmp_path / "fine"), False, {}),))
+    pair.crew.run(remote.spoil, pair.config, 0)
+    pair.one.pool.blocks(0)[0][0, 0] = float("nan")
+    pair.run(snapshots=(Snapshot("s0", 0, "spoilt"),))
+    refs = [AdapterRef("fine", str(tmp_path / "fine")), AdapterRef("spoilt")]
+    for turn in (0, 1, 0):
+        sample = make_sample("x", [1, 2], refs[turn], max_tokens=4, seed=1)
+        found = pair.run(samples=(sample,), decode_budget_s=60.0)
+        assert (found["x"].failure is None) == (turn == 0)
+
+
 @ways
 def test_from_a_checkpoint_on_disk(both: BothFactory, sharding: str, tmp_path: Path) -> None:
     pair = both(sharding)

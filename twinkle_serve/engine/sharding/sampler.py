@@ -166,7 +166,7 @@ class SharedSampler(Sampler):
         error: Exception | None = None
         if ref is not None:
             try:
-                member.pooled = self._hold(ref)
+                member.pooled = self._adapters.hold(ref)
             except PoolFull:
                 self._pool_is_full = True
                 return
@@ -181,22 +181,6 @@ class SharedSampler(Sampler):
             return
         job.pooled = member.pooled
         self._start(job)
-
-    def _hold(self, ref: AdapterRef) -> Pooled:
-        """The adapter on all ranks, or the same error on all. Raises RankLost."""
-        pooled, error = None, None
-        try:
-            pooled = self._adapters.hold(ref)
-        except (ValueError, KeyError, OSError, CheckpointError, PoolFull) as raised:
-            error = raised
-        failures = [failure for failure in self._ranks.everyone(error) if failure is not None]
-        if failures and pooled is not None:
-            self._adapters.let_go(pooled)
-            self._adapters.drop(ref.adapter)
-        if failures:
-            raise failures[0]
-        assert pooled is not None
-        return pooled
 
     # through the model together -------------------------------------------------------------------
 
