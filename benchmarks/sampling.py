@@ -40,6 +40,32 @@ class Ask:
     adapter: str | None = None
 
 
+def step_by_step(asks: Sequence[Ask], step: Callable[[Sequence[Ask], float], int]) -> None:
+    """Serve ``asks``, each from the decode step on at which it arrives. step: admits some, decodes for so many
+    seconds, at least one step, and returns how many are still active. Where nothing is active the clock goes
+    on to the next arrival."""
+    waiting = sorted(asks, key=lambda ask: ask.arrives)
+    clock, active = 0, 0
+    while waiting or active:
+        if waiting and not active:
+            clock = max(clock, waiting[0].arrives)
+        due = [ask for ask in waiting if ask.arrives <= clock]
+        waiting = waiting[len(due) :]
+        active = step(due, ONE_STEP_S if waiting else FOREVER_S)
+        clock += 1
+
+
+def call_by_call(asks: Sequence[Ask], call: Callable[[Sequence[Ask]], object]) -> None:
+    """The same by calls that each take a batch and as many steps of the same clock as its longest answer."""
+    waiting, clock = sorted(asks, key=lambda ask: ask.arrives), 0
+    while waiting:
+        clock = max(clock, waiting[0].arrives)
+        batch = [ask for ask in waiting if ask.arrives <= clock]
+        waiting = waiting[len(batch) :]
+        call(batch)
+        clock += max(ask.new_tokens for ask in batch)
+
+
 class Ours:
     """Our engine with 8 frozen adapters, of rank 8."""
 
@@ -55,21 +81,19 @@ class Ours:
     def run(self, asks: Sequence[Ask]) -> None:
         """All of them, each admitted when it arrives. Every call is a tenant of its own, so that no prefix is
         known from the last one."""
-        waiting, number = sorted(asks, key=lambda ask: ask.arrives), next(self._numbers)
-        step, active = 0, 0
-        while waiting or active:
-            due = [ask for ask in waiting if ask.arrives <= step or not active]
-            waiting = [ask for ask in waiting if ask not in due] if due else waiting
-            budget = ONE_STEP_S if waiting else FOREVER_S
-            samples = tuple(
-                self._sample(ask, f"{number}-{step}-{i}", str(number)) for i, ask in enumerate(due)
-            )
-            for item in self._engine.run(Tick(number, samples=samples, decode_budget_s=budget)):
+        number, names = next(self._numbers), itertools.count()
+
+        def step(due: Sequence[Ask], budget_s: float) -> int:
+            samples = tuple(self._sample(ask, f"{number}-{next(names)}", str(number)) for ask in due)
+            active = 0
+            for item in self._engine.run(Tick(number, samples=samples, decode_budget_s=budget_s)):
                 if isinstance(item, TickReport):
                     active = item.active_samples
                 elif isinstance(item, Outcome):
                     assert item.failure is None, item.failure
-            step += 1
+            return active
+
+        step_by_step(asks, step)
 
     def _sample(self, ask: Ask, request_id: str, tenant: str) -> Sample:
         prompt = self._prompts.integers(0, self._engine.info.vocab_size, ask.prompt_tokens).astype(np.int32)
@@ -87,13 +111,7 @@ class Generate:
         self._model.generation_config.pad_token_id = 0
 
     def run(self, asks: Sequence[Ask]) -> None:
-        waiting, clock = sorted(asks, key=lambda ask: ask.arrives), 0
-        while waiting:
-            clock = max(clock, waiting[0].arrives)
-            batch = [ask for ask in waiting if ask.arrives <= clock]
-            waiting = waiting[len(batch) :]
-            self._call(batch)
-            clock += max(ask.new_tokens for ask in batch)
+        call_by_call(asks, self._call)
 
     def _call(self, batch: Sequence[Ask]) -> None:
         width, count = max(ask.prompt_tokens for ask in batch), max(ask.new_tokens for ask in batch)
