@@ -109,6 +109,11 @@ def test_any_seed_fits(seed: int) -> None:
         ({"sampling_params": {"stop": [50]}}, "sampling_params.stop is 50; 0 to 49"),
         ({"sampling_params": {"stop": [True]}}, "strings only, or token ids only"),
         ({"sampling_params": {"stop": ["a"] * 65}}, "up to 64"),
+        (
+            {"sampling_params": {"stop": ["a", "b" * 257]}},
+            "sampling_params.stop has a string of 257 bytes; at most 256",
+        ),
+        ({"sampling_params": {"stop": "\u00e9" * 129}}, "a string of 258 bytes"),
         ({"sampling_params": 3}, "sampling_params"),
         ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "length 1, but"),
         ({"target_prompt_logprobs": {"data": [1, 2], "dtype": "int64"}}, r"must have shape \[2, K\]"),
@@ -150,6 +155,12 @@ def test_all_alternatives_of_an_answer_have_a_limit(fields: dict[str, Any], mess
 def test_a_prompt_may_fill_the_context() -> None:
     prompt = {"chunks": [{"tokens": [1] * 10}]}
     assert decode_sample({"prompt": prompt}, LIMITS).prompt.size == 10
+
+
+def test_stops_may_be_as_long_as_the_limit_and_are_counted() -> None:
+    short = decode_sample(body(sampling_params={"stop": "a"}), LIMITS)
+    long = decode_sample(body(sampling_params={"stop": ["b" * 256, "\u00e9" * 128]}), LIMITS)
+    assert long.num_bytes - short.num_bytes == 511
 
 
 def test_targets_dense_and_sparse() -> None:

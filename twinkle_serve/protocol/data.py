@@ -172,9 +172,9 @@ class SampleRequest:
     @property
     def num_bytes(self) -> int:
         """What it holds while it waits."""
-        return self.prompt.nbytes + (
-            0 if self.target_prompt_tokens is None else self.target_prompt_tokens.nbytes
-        )
+        stops = sum(len(text.encode()) for text in self.params.stop_strings)
+        targets = 0 if self.target_prompt_tokens is None else self.target_prompt_tokens.nbytes
+        return self.prompt.nbytes + stops + targets
 
 
 @dataclass(frozen=True, slots=True)

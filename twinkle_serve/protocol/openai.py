@@ -16,7 +16,13 @@ from pydantic import Field
 from twinkle_serve.protocol.data import SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.requests import Lenient, Metadata, Seed
-from twinkle_serve.protocol.sample import MAX_STOPS, SampleLimits, check_topk, num_answer_tokens
+from twinkle_serve.protocol.sample import (
+    MAX_STOPS,
+    SampleLimits,
+    check_stop_strings,
+    check_topk,
+    num_answer_tokens,
+)
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the end of the context
 MAX_TOP_LOGPROBS = 20
@@ -60,6 +66,7 @@ class _Request(Lenient):
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stops) > MAX_STOPS or not all(stops):
             raise UserError(f"stop must be a string or up to {MAX_STOPS} strings, none of them empty")
+        check_stop_strings("stop", stops)
         return stops
 
     @property

@@ -22,6 +22,8 @@ from twinkle_serve.protocol.requests import Lenient, Metadata, Seed, read
 from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
 
 MAX_STOPS = 64
+MAX_STOP_BYTES = 256
+"""Of one string, as UTF-8: with each token drawn, as many tokens as that are decoded again."""
 MAX_TOPK = 1024
 MAX_TOPK_CELLS = 2**26
 """Alternatives, of eight bytes each, that all tokens of an answer may have together."""
@@ -101,6 +103,13 @@ def check_topk(name: str, k: int, num_tokens: int) -> None:
         )
 
 
+def check_stop_strings(name: str, stops: Sequence[str]) -> None:
+    """Raises UserError for one that is too long."""
+    longest = max((len(stop.encode()) for stop in stops), default=0)
+    if longest > MAX_STOP_BYTES:
+        raise UserError(f"{name} has a string of {longest} bytes; at most {MAX_STOP_BYTES} are possible")
+
+
 def _prompt(prompt: Any, limits: SampleLimits) -> npt.NDArray[np.int32]:
     try:
         tokens = text_tokens_from_json(prompt)
@@ -152,6 +161,7 @@ def _stops(stop: Any, limits: SampleLimits) -> tuple[tuple[int, ...], tuple[str,
             _in_range(where, item, 0, limits.vocab_size - 1)
         return tuple(stops), ()
     if all(isinstance(item, str) and item for item in stops):
+        check_stop_strings(where, stops)
         return (), tuple(stops)
     raise UserError(f"{where} must hold non-empty strings only, or token ids only")
 

@@ -135,6 +135,7 @@ async def test_content_may_come_in_parts(
         ({"prompt": "x", "n": 257}, "at most 256"),
         ({"prompt": "x", "stop": [""]}, "stop"),
         ({"prompt": "x", "stop": ["s"] * 65}, "stop"),
+        ({"prompt": "x", "stop": ["s", "s" * 257]}, "stop has a string of 257 bytes; at most 256"),
         ({"prompt": "x", "echo": True}, "echo is not supported"),
         ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
         ({"prompt": "x", "best_of": 3}, "best_of is not supported"),
