@@ -14,7 +14,7 @@ import random
 import re
 from typing import Any
 
-from shared import Run, connected, decoded, finish, options_for, to_datum
+from shared import Run, answer_tokens, connected, decoded, finish, options_for, to_datum
 from tinker import types
 from tqdm import tqdm
 
@@ -46,23 +46,37 @@ def conversation(number: int) -> list[Message]:
     ]
 
 
-def tokens_of(tokenizer: Any, chat: list[Message], *, opened: bool = False) -> list[int]:
-    """opened: up to where the assistant would go on."""
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opened)
+def opened(tokenizer: Any, chat: list[Message]) -> list[int]:
+    """The chat up to where the assistant goes on: what the model is asked with."""
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return tokens
 
 
-def masked_datum(tokenizer: Any, chat: list[Message]) -> types.Datum:
-    """Weight 1 on what the assistant says and on how its turn ends, 0 on everything else."""
-    tokens = tokens_of(tokenizer, chat)
-    weights = [0.0] * len(tokens)
+def masked_datums(tokenizer: Any, chat: list[Message]) -> list[types.Datum]:
+    """Weight 1 on what the assistant says and on the end of its turn, 0 on everything else.
+
+    Each turn is learnt behind the very prompt that it will be asked with. One datum holds them all where a
+    prompt goes on from the turn before it; templates that write earlier turns differently (some leave out
+    what was thought) need one for each such turn.
+    """
+    data: list[types.Datum] = []
+    tokens: list[int] = []
+    weights: list[float] = []
     for turn, message in enumerate(chat):
         if message["role"] == "assistant":
-            start = len(tokens_of(tokenizer, chat[:turn], opened=True))
-            end = len(tokens_of(tokenizer, chat[: turn + 1]))
-            weights[start:end] = [1.0] * (end - start)
-    return to_datum(tokens, weights=weights)
+            prompt, answer = opened(tokenizer, chat[:turn]), answer_tokens(tokenizer, message["content"])
+            if prompt[: len(tokens)] != tokens:
+                data.append(to_datum(tokens, weights=weights))
+                tokens, weights = [], []
+            weights += [0.0] * (len(prompt) - len(tokens)) + [1.0] * len(answer)
+            tokens = prompt + answer
+    return [*data, to_datum(tokens, weights=weights)]
+
+
+def after_thinking(text: str) -> str:
+    """What is said to the user."""
+    return text.rpartition("</think>")[2].strip()
 
 
 def let_loose(run: Run, numbers: range) -> int:
@@ -73,9 +87,10 @@ def let_loose(run: Run, numbers: range) -> int:
         expected = conversation(number)
         chat = expected[:1]
         for _ in range(2):
-            prompt = types.ModelInput.from_ints(tokens_of(run.tokenizer, chat, opened=True))
-            said = decoded(run.tokenizer, sampler.sample(prompt, 1, params).result().sequences[0].tokens)
-            chat = [*chat, {"role": "assistant", "content": said.strip()}]
+            prompt = types.ModelInput.from_ints(opened(run.tokenizer, chat))
+            answer = sampler.sample(prompt, 1, params).result().sequences[0]
+            said = after_thinking(decoded(run.tokenizer, answer.tokens))
+            chat = [*chat, {"role": "assistant", "content": said}]
             call = CALL.search(said)
             if call is None:
                 break
@@ -94,7 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
         for step in (progress := tqdm(range(options.steps), unit="step", dynamic_ncols=True)):
             first = step * options.batch_size
             numbers = range(first, first + options.batch_size)
-            batch = [masked_datum(run.tokenizer, conversation(number)) for number in numbers]
+            batch = [
+                datum for number in numbers for datum in masked_datums(run.tokenizer, conversation(number))
+            ]
             metrics = run.step(batch, "cross_entropy", options.learning_rate)
             losses.append(metrics["loss:sum"] / metrics["weight:sum"])
             progress.set_postfix(loss=f"{losses[-1]:.3f}")

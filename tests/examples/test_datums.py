@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,18 +37,69 @@ def test_a_datum_predicts_the_next_token() -> None:
 
 
 def test_only_the_assistants_turns_are_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
-    from agentic_sft import calculator, conversation, masked_datum
+    from agentic_sft import calculator, conversation, masked_datums
 
     chat = conversation(3)
-    datum = masked_datum(tokenizer, chat)
-    found = columns(datum)
-    learnt = [t for t, w in zip(found["target_tokens"], found["weights"], strict=True) if w]
+    (datum,) = masked_datums(tokenizer, chat)
     turns = [message["content"] for message in chat if message["role"] == "assistant"]
-    assert tokenizer.decode(learnt) == "".join(f"{turn}<|im_end|>\n" for turn in turns)
+    assert learnt(tokenizer, datum) == "".join(f"{turn}<|im_end|>" for turn in turns)
     call = chat[1]["content"].removeprefix("<call>").removesuffix("</call>")
     assert calculator(call) == chat[2]["content"]
     assert calculator("nonsense").startswith("error")
     assert calculator('{"tool": "divide", "numbers": [1, 0]}').startswith("error")
+
+
+def learnt(tokenizer: PreTrainedTokenizerFast, datum: Any) -> str:
+    found = columns(datum)
+    return tokenizer.decode([t for t, w in zip(found["target_tokens"], found["weights"], strict=True) if w])
+
+
+# Like Qwen3's: the last turn of the assistant, and no other, begins with what it thought, here nothing.
+THINKS_LAST = """{% for message in messages -%}
+<|im_start|>{{ message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif -%}
+{{ message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+# Leaves out what the assistant said before.
+FORGETS = """{% for message in messages if message['role'] != 'assistant' -%}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(("template", "num_datums"), [(THINKS_LAST, 1), (FORGETS, 2)])
+def test_each_turn_is_learnt_behind_the_prompt_it_is_asked_with(
+    tiny_llama: Path, template: str, num_datums: int
+) -> None:
+    from agentic_sft import conversation, masked_datums
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = template
+    chat = conversation(3)
+    data = masked_datums(tokenizer, chat)
+    assert len(data) == num_datums
+    call, answer = (f"{chat[turn]['content']}<|im_end|>" for turn in (1, 3))
+    assert "".join(learnt(tokenizer, datum) for datum in data) == call + answer
+    wholes = [[*datum.model_input.to_ints(), int(columns(datum)["target_tokens"][-1])] for datum in data]
+    for turn, whole, said in ((1, wholes[0], call), (3, wholes[-1], answer)):
+        prompt = tokenizer.apply_chat_template(chat[:turn], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(whole).startswith(prompt + said)
+
+
+def test_an_answer_counts_as_right_whatever_was_thought_before_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    from agentic_sft import conversation, let_loose
+
+    chat = conversation(7)
+    script = iter([chat[1]["content"], f"<think>\n\n</think>\n\n{chat[3]['content']}", "<think>It is"])
+
+    def sample(prompt: Any, num_samples: int, params: Any) -> Any:
+        tokens = tokenizer.encode(next(script), add_special_tokens=False)
+        return SimpleNamespace(result=lambda: SimpleNamespace(sequences=[SimpleNamespace(tokens=tokens)]))
+
+    run: Any = SimpleNamespace(tokenizer=tokenizer, sampler=lambda: SimpleNamespace(sample=sample))
+    assert let_loose(run, range(7, 9)) == 1
 
 
 def test_an_answer_is_compared_with_the_others() -> None:
