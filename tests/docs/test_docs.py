@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -108,6 +109,23 @@ def test_commands_exist(document: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for target in re.findall(r"`make ([a-z-]+)`", document.read_text()):
         assert target in targets, f"make {target} in {document.name}"
+
+
+PROSE = {"a", "and", "as", "in", "of", "or", "the", "where"}
+
+
+@each_document
+def test_commands_of_pip_have_no_prose_in_them(document: Path) -> None:
+    for command in re.findall(r"`(pip install [^`]+)`", document.read_text()):
+        assert not PROSE & set(shlex.split(command)), f"{command} in {document.name}"
+
+
+def test_where_gspo_and_dro_are_advised_stands_what_they_want_on_the_prompt() -> None:
+    advice = (ROOT / "docs" / "rl.md").read_text()
+    (which,) = (item for item in advice.split("\n* ") if item.startswith("**Which loss.**"))
+    assert {"`gspo`", "`sequence_ratio_mask`", "`dro`"} <= set(re.findall(r"`\w+`", which))
+    rule = (ROOT / "docs" / "losses.md").read_text().partition("contributes nothing")[2]
+    assert re.match(r"[^.]*except in `gspo` and `dro`", rule)
 
 
 def test_the_chinese_readme_says_what_the_english_one_does() -> None:

@@ -190,6 +190,48 @@ def test_a_position_without_advantage_adds_exactly_nothing(name: str) -> None:
     assert all(math.isfinite(metric.item()) for metric in loss.metrics.values())
 
 
+PROMPT, ANSWER = slice(0, 20), slice(20, 30)
+
+
+def _gradient_of_an_answer(
+    name: str, advantage: float, *, prompt_logprobs: float, masked: bool = False
+) -> tuple[torch.Tensor, Any]:
+    """By logprob, of 20 prompt tokens at -4 and 10 of an answer that is exactly on-policy."""
+    logprobs = torch.tensor([-4.0] * 20 + [-1.5] * 10, requires_grad=True)
+    inputs = {
+        "logprobs": torch.tensor([prompt_logprobs] * 20 + [-1.5] * 10),
+        "advantages": torch.tensor([0.0] * 20 + [advantage] * 10),
+    }
+    if masked:
+        inputs["sequence_ratio_mask"] = torch.tensor([0.0] * 20 + [1.0] * 10)
+    loss = compute_loss(name, logprobs, inputs, torch.tensor([30]), {})
+    loss.value.backward()
+    assert logprobs.grad is not None
+    return logprobs.grad, loss.metrics
+
+
+@pytest.mark.parametrize(("advantage", "unmasked", "clipped"), [(1.0, -math.exp(-8 / 3), 0), (-1.0, 0.0, 10)])
+def test_without_its_mask_gspo_takes_the_prompt_into_the_ratio(
+    advantage: float, unmasked: float, clipped: int
+) -> None:
+    """As docs/losses.md warns: the zeros that other losses pass over decide here over the whole answer."""
+    grad, metrics = _gradient_of_an_answer("gspo", advantage, prompt_logprobs=0.0)
+    assert grad[ANSWER].tolist() == pytest.approx([unmasked] * 10)
+    assert metrics["clipped_tokens:sum"].item() == clipped
+    grad, metrics = _gradient_of_an_answer("gspo", advantage, prompt_logprobs=0.0, masked=True)
+    assert grad.tolist() == pytest.approx([0.0] * 20 + [-advantage] * 10)
+    assert metrics["clipped_tokens:sum"].item() == 0
+
+
+def test_the_penalty_of_dro_counts_on_the_prompt_too() -> None:
+    """As docs/losses.md warns: a 0 there is a target, the model's own logprob is none."""
+    grad, _ = _gradient_of_an_answer("dro", 1.0, prompt_logprobs=0.0)
+    assert grad[PROMPT].tolist() == pytest.approx([-0.2] * 20)
+    assert grad[ANSWER].tolist() == pytest.approx([-1.0] * 10)
+    grad, _ = _gradient_of_an_answer("dro", 1.0, prompt_logprobs=-4.0)
+    assert grad.tolist() == pytest.approx([0.0] * 20 + [-1.0] * 10)
+
+
 def test_negative_and_large_weights_are_used_as_they_are() -> None:
     logprobs = torch.tensor([-0.5, -0.25], requires_grad=True)
     loss = compute_loss(
