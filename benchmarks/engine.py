@@ -31,7 +31,7 @@ RANK = 8
 DATUM_TOKENS = 64
 SECONDS = 8.0
 """A row takes at least this long."""
-MICROBATCH_TOKENS = 4096
+MICROBATCH_TOKENS = ModelConfig.model_fields["microbatch_tokens"].default
 FROZEN = "_linear_pointwise"
 """The product with a frozen weight in oneDNN's layout, in a profile."""
 BATCHED_TARGETS = {(64, 4): ">= 1.7", (64, 8): ">= 2.1", (64, 16): ">= 2.3"}

@@ -26,7 +26,12 @@ class SamplerConfig(Strict):
         description="adapters of rank max_rank that can be decoded with at once, more of smaller ranks; "
         "samples with others wait until some are idle",
     )
-    kv_cache_tokens: int = Field(65_536, ge=256, description="tokens of KV cache, all sequences together")
+    kv_cache_tokens: int = Field(
+        65_536,
+        ge=256,
+        description="tokens of KV cache, all sequences together. Each rank of a group has an equal part: a "
+        "prompt that is longer than it is refused, and a sample that reaches its length ends there",
+    )
     prefill_chunk_tokens: int = Field(
         2_048, ge=16, description="prompt tokens prefilled between decode steps"
     )
@@ -97,7 +102,7 @@ class ModelConfig(Strict):
     max_context_length: int | None = Field(
         None, ge=1, description="tokens per sequence; null: the model's own limit"
     )
-    microbatch_tokens: int = Field(4_096, ge=1, description="token budget of one packed microbatch")
+    microbatch_tokens: int = Field(2_048, ge=1, description="token budget of one packed microbatch")
     logits_chunk_tokens: int = Field(
         256, ge=1, description="rows of logits alive at once; 2048 keeps a large GPU busier"
     )

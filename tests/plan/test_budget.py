@@ -138,9 +138,13 @@ def test_the_arithmetic_that_is_shown_gives_the_bytes_that_are_counted(fields: d
 
 
 def test_a_longer_sequence_than_a_microbatch_counts_whole() -> None:
-    short = _budget(QWEN3, max_context_length=4096)
-    assert short.part("activations") == _budget(QWEN3, max_context_length=128).part("activations")
-    assert short.part("activations") < _budget(QWEN3, max_context_length=4097).part("activations")
+    short = _budget(QWEN3, max_context_length=1000, microbatch_tokens=1000)
+    assert short.part("activations") == _budget(QWEN3, max_context_length=128, microbatch_tokens=1000).part(
+        "activations"
+    )
+    assert short.part("activations") < _budget(QWEN3, max_context_length=1001, microbatch_tokens=1000).part(
+        "activations"
+    )
 
 
 def test_checkpointing_saves_activations() -> None:
