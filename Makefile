@@ -10,7 +10,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo docs lint test test-2rank test-haproxy test-faults bench bench-quick peers bench-engine bench-sampling bench-sharding test-sharding bench-flood bench-durability cookbook modelscope clean
+.PHONY: help venv demo docs lint test test-with-servers test-without test-2rank test-haproxy test-faults bench bench-quick peers bench-engine bench-sampling bench-sharding test-sharding bench-flood bench-durability cookbook modelscope clean
 
 help:
 	@echo "make demo              a model learns its name through the tinker SDK (minutes; downloads 93 MB once)"
@@ -53,9 +53,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests that start servers mostly wait, the others compute, so both go side by side.
 test: lint
-	@echo "== pytest"
-	$(BIN)/python -m pytest --durations=10
+	@echo "== pytest, twice: with servers (shown when it is over), and the rest"
+	@$(MAKE) --no-print-directory -j2 -k test-with-servers test-without
+
+test-with-servers: $(STAMP)
+	@$(BIN)/python -m pytest -m slow --durations=10 > .venv/test-with-servers.log 2>&1 && passed=yes || passed=no; \
+	    echo "== with servers"; cat .venv/test-with-servers.log; test $$passed = yes
+
+test-without: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 # A peer that cannot be installed is a row that says so, not a failure.
 peers: $(STAMP)
