@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.engine.conftest import EngineFactory
 from tests.engine.sharding import remote
 from tests.engine.sharding.compare import Both, passes
 from tests.engine.sharding.conftest import BothFactory
 from tests.engine.sharding.test_saving import on_crew
 from tests.engine.sharding.test_training import SPECS, ways, work
-from tests.engine.ticks import make_sample
+from tests.engine.ticks import make_sample, value
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import (
@@ -109,6 +110,29 @@ def test_a_cache_that_is_too_small_for_all_pauses_some(both: BothFactory) -> Non
         for i, ref in enumerate(snapshots(pair) * 2)
     )
     pair.run(samples=samples, decode_budget_s=120.0)
+    report = pair.crew.run(remote.run_tick, pair.config, Tick(1))[0][-1]
+    assert report.gauges["kv_blocks_free"] == report.gauges["kv_blocks"]
+
+
+@pytest.mark.parametrize(("first", "second"), [((200, 400), (100, 20)), ((120, 400), (100, 60))])
+def test_a_sample_that_fills_its_rank_s_cache_ends_alone(
+    both: BothFactory, engine_for: EngineFactory, moe8: Path, first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    """Who waits for its blocks goes on as in one engine with as large a cache, fresh or paused before.
+
+    first, second: the tokens of a prompt and of its answer. Both are on the first rank.
+    """
+    pair = both("expert_parallel", sampler=SamplerConfig(kv_cache_tokens=512))
+    pair.one = engine_for(moe8, sampler=SamplerConfig(kv_cache_tokens=256))
+    wide = make_sample("wide", [1, 2], max_tokens=2, seed=1, num_samples=2)
+    one, other = (
+        make_sample(name, [start, *range(length - 1)], max_tokens=count, seed=2, top_k=5)
+        for start, name, (length, count) in ((7, "first", first), (8, "second", second))
+    )
+    found = pair.run(samples=(one, wide, other), decode_budget_s=120.0)
+    ends = {name: value(found[name]).sequences[0] for name in ("first", "second")}
+    assert 256 <= first[0] + len(ends["first"].tokens) <= 257
+    assert len(ends["second"].tokens) == second[1]
     report = pair.crew.run(remote.run_tick, pair.config, Tick(1))[0][-1]
     assert report.gauges["kv_blocks_free"] == report.gauges["kv_blocks"]
 
