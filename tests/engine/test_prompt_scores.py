@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import torch
 from tests.engine import reference
 from tests.engine.conftest import EngineFactory
 from tests.engine.ticks import VOCAB_SIZE, create, make_sample, run, sample, snapshot, tensors, value
+from twinkle_serve.engine import prompt_scores
+from twinkle_serve.engine.base_model import BaseModel
+from twinkle_serve.engine.draw import Drawn, draw_tokens
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec, SampleResult, TopK
 
@@ -113,6 +118,41 @@ def test_alternatives_are_draws_at_the_temperature(chunked: Engine, logprobs: np
     entropy = -(np.exp(sharp) * sharp).sum()
     assert -found.logprobs.sum() / k == pytest.approx(entropy, rel=0.1)
     assert len({tuple(row) for row in found.token_ids}) == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize("k", [1, 4, 6, 7, 60])
+def test_drawing_alternatives_keeps_few_rows_and_shows_that_it_gets_on(
+    k: int, chunked: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, drawn, original = [0], [], BaseModel.full_logits
+
+    def full_logits(*args: Any) -> torch.Tensor:
+        logits = original(*args)
+        made[0] = logits.shape[0]
+        return logits
+
+    def draw(logits: torch.Tensor, *args: Any) -> Drawn:
+        drawn.append((made[0] + logits.shape[0], PULSE.count))
+        return draw_tokens(logits, *args)
+
+    monkeypatch.setattr(BaseModel, "full_logits", full_logits)
+    monkeypatch.setattr(prompt_scores, "draw_tokens", draw)
+    sample(chunked, PROMPT, max_tokens=1, prompt_alt_tokens_k=k)
+    assert max(rows for rows, _ in drawn) <= 7
+    assert len(drawn) >= k * (len(PROMPT) - 1) // 7
+    assert all(after > before for (_, before), (_, after) in pairwise(drawn))
+
+
+def test_each_kind_of_score_is_a_sign_of_life(chunked: Engine) -> None:
+    def beats(**fields: Any) -> int:
+        before = PULSE.count
+        sample(chunked, PROMPT, max_tokens=1, **fields)
+        return PULSE.count - before
+
+    wanted = np.zeros((len(PROMPT) - 1, 1), np.int64)
+    none = beats()
+    for fields in ({"prompt_logprobs": True}, {"topk_prompt_logprobs": 2}, {"target_prompt_tokens": wanted}):
+        assert beats(**fields) == none + 3, fields
 
 
 def test_alternatives_are_seeded_and_apart_from_the_samples(chunked: Engine) -> None:

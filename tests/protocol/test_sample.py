@@ -92,6 +92,7 @@ def test_any_seed_fits(seed: int) -> None:
         ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs is -1; 0 to 50"),
         ({"topk_sample_logprobs": 51}, "topk_sample_logprobs is 51; 0 to 50"),
         ({"prompt_alt_tokens_k": -2}, "prompt_alt_tokens_k"),
+        ({"prompt_alt_tokens_k": 65}, "prompt_alt_tokens_k is 65; 0 to 64 are possible"),
         ({"prompt_logprobs_last_n": 3}, "prompt_logprobs_last_n is 3; 1 to 2"),
         ({"sampling_params": {"max_tokens": 0}}, "max_tokens is 0"),
         ({"sampling_params": {"temperature": -1}}, "temperature is -1"),
@@ -139,10 +140,6 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
         ),
         ({"topk_sample_logprobs": 1024, "num_samples": 8}, "up to 1048312 tokens"),
         ({"topk_prompt_logprobs": 1024, "prompt": {"chunks": [{"tokens": [1] * 70000}]}}, "at most 67108864"),
-        (
-            {"prompt_alt_tokens_k": 1024, "prompt": {"chunks": [{"tokens": [1] * 70000}]}},
-            "prompt_alt_tokens_k",
-        ),
     ],
 )
 def test_all_alternatives_of_an_answer_have_a_limit(fields: dict[str, Any], message: str) -> None:
@@ -150,6 +147,20 @@ def test_all_alternatives_of_an_answer_have_a_limit(fields: dict[str, Any], mess
     with pytest.raises(UserError, match=message):
         decode_sample(body(**fields), limits)
     decode_sample(body(topk_sample_logprobs=1024, sampling_params={"max_tokens": 65536}), limits)
+
+
+def test_draws_at_every_position_of_a_prompt_have_a_limit() -> None:
+    limits = SampleLimits(vocab_size=151_936, max_length=32_768, eos_token_ids=(2,))
+    long, longer = ({"chunks": [{"tokens": [1] * size}]} for size in (1024, 2048))
+    for prompt, most in ((long, 64), (longer, 55)):
+        request = {"prompt": prompt, "prompt_alt_tokens_k": most}
+        assert decode_sample(request, limits).prompt_alt_tokens_k == most
+    for k in (56, 64, 1024):
+        with pytest.raises(UserError, match=f"prompt_alt_tokens_k is {k}"):
+            decode_sample({"prompt": longer, "prompt_alt_tokens_k": k}, limits)
+    # What is told of the other positions is told of fewer; alternatives are told of all.
+    with pytest.raises(UserError, match=r"a prompt of 2048 tokens: .* at most 55 are possible"):
+        decode_sample({"prompt": longer, "prompt_alt_tokens_k": 64, "prompt_logprobs_last_n": 1}, limits)
 
 
 def test_a_prompt_may_fill_the_context() -> None:

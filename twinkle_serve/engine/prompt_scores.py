@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from twinkle_serve.engine.base_model import BaseModel
-from twinkle_serve.engine.draw import DrawParams, UniformStream, draw_tokens
+from twinkle_serve.engine.draw import Drawn, DrawParams, UniformStream, draw_tokens
+from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sequences import Job, PromptScores
 from twinkle_serve.engine.slots import Segment, trained_groups
+from twinkle_serve.protocol.data import SamplingParams
 
 _ALTERNATIVES = 2**32
 """Sample indices from here on are random streams of prompt alternatives, apart from those of samples."""
@@ -36,16 +38,19 @@ def score_prompt(base: BaseModel, job: Job, start: int, hidden: torch.Tensor) ->
     if job.request.prompt_logprobs:
         targets = torch.from_numpy(job.request.prompt[first + 1 : end + 1].astype(np.int64))
         scores.logprobs[first + 1 : end + 1] = _logprobs(base, rows, segments, targets.unsqueeze(1))[:, 0]
+        PULSE.beat()
     if scores.targets is not None:
         assert job.request.target_prompt_tokens is not None
         wanted = job.request.target_prompt_tokens[first:end]
         found = _logprobs(base, rows, segments, torch.from_numpy(np.maximum(wanted, 0)))
         scores.targets[first:end] = np.where(wanted < 0, 0.0, found)
+        PULSE.beat()
     if scores.topk is not None:
         token_ids, logprobs = base.top_k_logprobs(rows, segments, job.request.topk_prompt_logprobs)
         k = token_ids.shape[1]  # the vocabulary may be smaller than what was asked for
         scores.topk.token_ids[first + 1 : end + 1, :k] = token_ids.cpu().numpy()
         scores.topk.logprobs[first + 1 : end + 1, :k] = logprobs.cpu().numpy()
+        PULSE.beat()
     if scores.alternatives is not None:
         _draw_alternatives(base, job, scores, first, end, rows)
 
@@ -70,18 +75,31 @@ def _draw_alternatives(
 ) -> None:
     """k independent draws at each position at the request's temperature, a few rows of logits at a time."""
     assert scores.alternatives is not None
-    k, params = job.request.prompt_alt_tokens_k, job.request.params
+    k, most_rows = job.request.prompt_alt_tokens_k, base.config.logits_chunk_tokens
     streams = [UniformStream(job.seed, _ALTERNATIVES + draw) for draw in range(k)]
-    step = max(1, base.config.logits_chunk_tokens // k)
+    # A draw overwrites its logits, so a position's own are kept beside a copy for each.
+    at_once = min(k, max(1, most_rows - 1))
+    step = max(1, most_rows // (1 + at_once))
     for position in range(first, end, step):
         rows = hidden[position - first : min(position + step, end) - first]
-        logits = base.full_logits(rows, _segments(job, rows.shape[0])).repeat_interleave(k, 0)
-        draws = [
-            DrawParams(params.temperature, params.top_k, params.top_p, stream.at(position + row))
-            for row in range(rows.shape[0])
-            for stream in streams
-        ]
-        drawn = draw_tokens(logits, draws)
-        places = slice(position, position + rows.shape[0])
-        scores.alternatives.token_ids[places] = drawn.tokens.view(-1, k).cpu().numpy()
-        scores.alternatives.logprobs[places] = drawn.logprobs.view(-1, k).cpu().numpy()
+        logits = base.full_logits(rows, _segments(job, rows.shape[0]))
+        for draw in range(0, k, at_once):
+            part = streams[draw : draw + at_once]
+            drawn = _draw_each(logits, job.request.params, part, position)
+            places = slice(position, position + rows.shape[0]), slice(draw, draw + len(part))
+            scores.alternatives.token_ids[places] = drawn.tokens.view(-1, len(part)).cpu().numpy()
+            scores.alternatives.logprobs[places] = drawn.logprobs.view(-1, len(part)).cpu().numpy()
+            PULSE.beat()
+
+
+def _draw_each(
+    logits: torch.Tensor, params: SamplingParams, streams: list[UniformStream], position: int
+) -> Drawn:
+    """One draw from each stream at each row of ``logits`` [n, V], that of the prompt's ``position`` first:
+    row by row, [n * len(streams)]."""
+    draws = [
+        DrawParams(params.temperature, params.top_k, params.top_p, stream.at(position + row))
+        for row in range(logits.shape[0])
+        for stream in streams
+    ]
+    return draw_tokens(logits.repeat_interleave(len(streams), 0), draws)

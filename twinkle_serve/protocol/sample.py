@@ -27,6 +27,10 @@ MAX_STOP_BYTES = 256
 MAX_TOPK = 1024
 MAX_TOPK_CELLS = 2**26
 """Alternatives, of eight bytes each, that all tokens of an answer may have together."""
+MAX_DRAWS = 64
+MAX_DRAWN_CELLS = 2**34
+"""Each draw of a prompt's alternatives goes through the whole vocabulary, and no other sample gets on
+meanwhile: at most so many draws times vocabulary, 28,000 tokens with four draws each of Qwen3's 151,936."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,9 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     sample = read(_Sample, body)
     prompt = _prompt(sample.prompt, limits)
     _in_range("num_samples", sample.num_samples, 1, limits.max_num_samples)
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
         _in_range(name, getattr(sample, name), 0, min(MAX_TOPK, limits.vocab_size))
+    _in_range("prompt_alt_tokens_k", sample.prompt_alt_tokens_k, 0, MAX_DRAWS)
     last_n = sample.prompt_logprobs_last_n
     if last_n is not None:
         _in_range("prompt_logprobs_last_n", last_n, 1, max(1, prompt.size - 1))
@@ -74,7 +79,7 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     drawn = sample.num_samples * num_answer_tokens(params, prompt.size, limits)
     check_topk("topk_sample_logprobs", sample.topk_sample_logprobs, drawn)
     check_topk("topk_prompt_logprobs", sample.topk_prompt_logprobs, last_n or prompt.size)
-    check_topk("prompt_alt_tokens_k", sample.prompt_alt_tokens_k, prompt.size)
+    _check_draws(sample.prompt_alt_tokens_k, prompt.size, limits.vocab_size)
     return SampleRequest(
         prompt=prompt,
         params=params,
@@ -100,6 +105,15 @@ def check_topk(name: str, k: int, num_tokens: int) -> None:
         raise UserError(
             f"{name} is {k} for up to {num_tokens} tokens of all samples: {k * num_tokens} alternatives; "
             f"at most {MAX_TOPK_CELLS} are possible; ask for fewer, or set max_tokens"
+        )
+
+
+def _check_draws(k: int, prompt_size: int, vocab_size: int) -> None:
+    cells = k * prompt_size * vocab_size
+    if cells > MAX_DRAWN_CELLS:
+        raise UserError(
+            f"prompt_alt_tokens_k is {k} for a prompt of {prompt_size} tokens: with a vocabulary of "
+            f"{vocab_size}, at most {MAX_DRAWN_CELLS // (prompt_size * vocab_size)} are possible"
         )
 
 
