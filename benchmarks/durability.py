@@ -1,25 +1,30 @@
 """``make bench-durability``: what journal and snapshots cost a training step, and how fast a run is back.
 
-Two control planes over two engines in one process step the same batch in turn: one forgets everything, one
-journals each request before it answers and snapshots its run as configured by default. Knows no HTTP and
-no Ray, whose cost is the same with and without. Recovery is the time from the loss of everything in memory,
-model load excluded, to the answer of the next request.
+Three control planes over an engine each, in one process, take turns with the same batch: two forget
+everything, one journals each request before it answers and snapshots its run as configured by default. A
+turn is long enough for snapshots and waits for them. Knows no HTTP and no Ray, whose cost is the same with
+and without. Recovery is the time from the loss of everything in memory, model load excluded, to the answer
+of the next request.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Report, interleave
-from twinkle_serve.config import Config
+from benchmarks.common import Report, Timing, interleave
+from twinkle_serve.config import Config, StorageConfig
 from twinkle_serve.control.backend import Command, OptimCommand, PassCommand
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.service import ControlPlane
@@ -33,6 +38,18 @@ from twinkle_serve.testing.models import build_bench_moe, build_tiny_qwen3_moe
 
 TENANT = "bench"
 RANK = 8
+WARMUP_STEPS = 3
+_POLL_S = 0.005
+
+
+class CountedFiles(StateFiles):
+    """num: snapshots begun so far."""
+
+    num = 0
+
+    def name_for(self, owner: str, detail: str) -> str:
+        self.num += 1
+        return super().name_for(owner, detail)
 
 
 class ThreadGroup:
@@ -59,11 +76,13 @@ class Side:
     """A server with one run. ``durable`` sides keep it below ``root``."""
 
     def __init__(self, config: Config, engine: Engine, root: Path, durable: bool) -> None:
-        self._config, self._engine, self._root, self._durable = config, engine, root, durable
+        self.config, self._engine, self._root, self._durable = config, engine, root, durable
         self.loop = asyncio.new_event_loop()
         self.run_id = ""
         self._seq_id = 0
         self.num_steps = 0
+        self._journal: Journal
+        self.files: CountedFiles
         self.open()
 
     def open(self) -> None:
@@ -72,10 +91,11 @@ class Side:
     async def _open(self) -> None:
         durability = None
         if self._durable:
-            durability = Durability(Journal(self._root), StateFiles(self._root))
+            self._journal, self.files = Journal(self._root), CountedFiles(self._root)
+            durability = Durability(self._journal, self.files)
         group = ThreadGroup(self._engine)
         catalog = Catalog(self._root)
-        self._plane = ControlPlane({"bench": group}, catalog, self._config, durability=durability)
+        self._plane = ControlPlane({"bench": group}, catalog, self.config, durability=durability)
         await self._plane.start()
 
     def create(self) -> None:
@@ -107,6 +127,18 @@ class Side:
         self._seq_id += 1
         return await self._plane.submit(TENANT, self.run_id, self._seq_id, command)
 
+    def settle(self) -> None:
+        """Returns once nothing is being written any more."""
+
+        async def settle() -> None:
+            while self._plane.gauges()["bench"]["requests_in_flight"]:
+                await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_POLL_S)  # a snapshot that is written is then listed in the journal
+            await self._journal.flush()
+
+        if self._durable:
+            self.loop.run_until_complete(settle())
+
     def close(self) -> None:
         self.loop.run_until_complete(self._plane.close())
 
@@ -115,10 +147,12 @@ class Side:
         self.close()
         for slot in range(self._engine.pool.num_slots):
             self._engine.pool.free(slot)
-        began = time.perf_counter()
-        self.open()
-        self.step(batch)
-        return time.perf_counter() - began
+
+        def come_back() -> None:
+            self.open()
+            self.step(batch)
+
+        return timed(come_back)
 
 
 def make_batch(engine: Engine, tokens: int) -> DatumBatch:
@@ -136,10 +170,63 @@ def make_batch(engine: Engine, tokens: int) -> DatumBatch:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """step: one step. settle: returns when all that the steps so far began is over."""
+
+    step: Callable[[], object]
+    settle: Callable[[], object]
+
+    def turn(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+        self.settle()
+
+
+def step_times(arms: Mapping[str, Arm], steps: int, turns: int) -> dict[str, Timing]:
+    """Of a step of each arm: the mean over a turn of ``steps``, and of the turns the median. The mean,
+    because what comes once in fifty steps is a part of what each of them costs."""
+    found = interleave({name: partial(arm.turn, steps) for name, arm in arms.items()}, turns, warmup=0)
+    return {name: Timing(timing.wall / steps, timing.cpu / steps) for name, timing in found.items()}
+
+
+def turn_of(storage: StorageConfig, step_s: float) -> int:
+    """So many steps of ``step_s`` seconds each that one or two snapshots come with them, by their number or
+    by the time that it would take to do them again."""
+    return min(storage.snapshot_every_steps, math.ceil(2 * storage.snapshot_replay_s / step_s))
+
+
+def measure(report: Report, sides: Mapping[str, Side], batch: DatumBatch, turns: int) -> None:
+    """sides: "off", "on", "off again". Twice without: what the two differ by is the noise of the machine, and
+    of where in memory an engine happens to lie."""
+    for _ in range(WARMUP_STEPS):
+        took = [timed(partial(side.step, batch)) for side in sides.values()]
+    on = sides["on"]
+    on.settle()
+    steps, before = turn_of(on.config.storage, statistics.median(took)), on.files.num
+    arms = {name: Arm(partial(side.step, batch), side.settle) for name, side in sides.items()}
+    timings = step_times(arms, steps, turns)
+    label = f"step of {int(batch.lengths.sum())} tokens"
+    for what in ("wall", "cpu"):
+        each = {name: getattr(timing, what) for name, timing in timings.items()}
+        without = (each["off"] + each["off again"]) / 2
+        row = f"{label}, {what}:"
+        report.row(f"{row} with journal and snapshots / without", each["on"] / without, "<= 1.05", timings)
+        report.row(f"{row} without / without", each["off again"] / each["off"])
+    report.row(f"{label}: snapshots in a turn of {steps} steps", (on.files.num - before) / turns)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=4, help="of each side, at each size")
     parser.add_argument("--tiny", action="store_true", help="a model of no size, to see the fixed cost")
     options = parser.parse_args()
     build = build_tiny_qwen3_moe if options.tiny else build_bench_moe
@@ -148,36 +235,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         root = Path(scratch)
         config = Config.model_validate({"models": [model], "storage": {"root": str(root)}})
-        engines = [Engine(config.models[0]) for _ in range(2)]
-        off = Side(config, engines[0], root / "off", durable=False)
-        on = Side(config, engines[1], root / "on", durable=True)
-        off.create()
-        on.create()
+        engines = {name: Engine(config.models[0]) for name in ("off", "on", "off again")}
+        sides = {
+            name: Side(config, engine, root / name, durable=name == "on") for name, engine in engines.items()
+        }
+        for side in sides.values():
+            side.create()
         for tokens in (64, 1024):
-            batch = make_batch(engines[0], tokens)
-            # Twice without: what the two differ by is the noise of the machine.
-            arms = {
-                "off": lambda b=batch: off.step(b),
-                "on": lambda b=batch: on.step(b),
-                "off again": lambda b=batch: off.step(b),
-            }
-            timings = interleave(arms, options.rounds, warmup=3)
-            for what in ("wall", "cpu"):
-                took = {name: getattr(timing, what) for name, timing in timings.items()}
-                row = f"step of {tokens} tokens, {what}:"
-                without = (took["off"] + took["off again"]) / 2
-                report.row(
-                    f"{row} with journal and snapshots / without", took["on"] / without, "<= 1.05", timings
-                )
-                report.row(f"{row} without / without", took["off again"] / took["off"])
+            batch = make_batch(engines["on"], tokens)
+            measure(report, sides, batch, options.turns)
+        on = sides["on"]
         seconds = on.recover(batch)
-        began = time.perf_counter()
-        on.step(batch)
-        one = time.perf_counter() - began
+        one = timed(partial(on.step, batch))
         report.row(f"recovery after {on.num_steps} steps ({seconds:.1f} s) / one step", seconds / one)
-        for side, engine in zip((off, on), engines, strict=True):
+        for name, side in sides.items():
             side.close()
-            engine.close()
+            engines[name].close()
     report.write()
 
 

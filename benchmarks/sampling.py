@@ -41,9 +41,9 @@ class Ask:
 
 
 def step_by_step(asks: Sequence[Ask], step: Callable[[Sequence[Ask], float], int]) -> None:
-    """Serve ``asks``, each from the decode step on at which it arrives. step: admits some, decodes for so many
-    seconds, at least one step, and returns how many are still active. Where nothing is active the clock goes
-    on to the next arrival."""
+    """Serve ``asks``, each from the decode step on at which it arrives. step: admits some, decodes for so
+    many seconds, at least one step, and returns how many are still active. Where nothing is active the clock
+    goes on to the next arrival."""
     waiting = sorted(asks, key=lambda ask: ask.arrives)
     clock, active = 0, 0
     while waiting or active:
