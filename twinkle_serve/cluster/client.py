@@ -63,20 +63,17 @@ class CoordinatorClient:
 
     async def _attach(self) -> None:
         while True:
-            handle = await asyncio.to_thread(coordinator.find_or_create, self._deployment, self._engine)
             try:
+                handle = await asyncio.to_thread(coordinator.find_or_create, self._deployment, self._engine)
                 if await handle.adopt.remote(self._deployment):
                     self._handle = handle
                     return
-            except RayError as error:
+                _log.warning("the deployment has changed: the coordinator is replaced")
+                await _end(handle)
+            except (RayError, ValueError) as error:
+                # Ray itself may be away for a while, and another replica may be faster (a ValueError).
                 _log.warning("the coordinator does not answer: %s", error)
                 await asyncio.sleep(_RETRY_S)
-                continue
-            _log.warning("the deployment has changed: the coordinator is replaced")
-            with suppress(RayError, TimeoutError):
-                async with asyncio.timeout(_STOP_S):
-                    await handle.stop.remote()
-            ray.kill(handle, no_restart=True)
 
     async def _keep_alive(self) -> None:
         while True:
@@ -104,3 +101,10 @@ class CoordinatorClient:
         if isinstance(reply, coordinator.Refusal):
             raise reply.error or BackendUnavailable(reply.message)
         return reply
+
+
+async def _end(handle: Any) -> None:
+    with suppress(RayError, TimeoutError):
+        async with asyncio.timeout(_STOP_S):
+            await handle.stop.remote()
+    ray.kill(handle, no_restart=True)
