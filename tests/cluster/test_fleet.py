@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ class Startable:
         self.works = works
         self.was_started = False
         self.num_starts = 0
+        self.has_room = asyncio.Event()
+        self.has_room.set()
 
     async def start(self) -> None:
         self.num_starts += 1
+        await self.has_room.wait()
         if not self.works:
             raise LoadError(f"cannot load {self.name}")
         self.was_started = True
@@ -34,11 +38,11 @@ def _config(*models: dict[str, Any]) -> Config:
     return Config.model_validate({"models": [{"path": "/m"} | model for model in models]})
 
 
-def _fleet(config: Config, *broken: str) -> Fleet:
+def _fleet(config: Config, *broken: str, grace_s: float = 0.0) -> Fleet:
     def make(name: str, model: ModelConfig) -> Any:
         return Startable(name, name not in broken)
 
-    return Fleet(config, make)
+    return Fleet(config, make, grace_s)
 
 
 async def test_every_group_of_every_model_is_started_once() -> None:
@@ -54,10 +58,57 @@ async def test_one_group_of_a_model_is_enough_and_the_other_is_tried_again() -> 
     fleet = _fleet(_config({"name": "a", "groups": 2}), "a")
     await fleet.start_enough()
     assert list(fleet.started) == ["a#2"]
-    assert await fleet.start() == ["cannot load a"]
+    with pytest.raises(LoadError, match="cannot load a"):
+        await fleet.start("a")
     fleet.groups["a"].works = True
-    assert await fleet.start() == []
+    await fleet.start("a")
     assert fleet.missing == []
+    assert fleet.groups["a"].num_starts == 3
+
+
+async def test_a_group_without_room_does_not_keep_another_away_and_is_not_started_twice() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}))
+    fleet.groups["a#2"].has_room.clear()
+    await fleet.start_enough()
+    assert list(fleet.started) == ["a"]
+    later = asyncio.create_task(fleet.start("a#2"))
+    fleet.groups["a#2"].has_room.set()
+    await later
+    assert fleet.missing == []
+    assert fleet.groups["a#2"].num_starts == 1
+
+
+async def test_a_group_that_loads_a_little_longer_is_waited_for() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}), grace_s=60.0)
+    fleet.groups["a#2"].has_room.clear()
+    enough = asyncio.create_task(fleet.start_enough())
+    while not fleet.groups["a"].was_started:
+        await asyncio.sleep(0)
+    for _ in range(100):  # turns of the loop
+        await asyncio.sleep(0)
+    fleet.groups["a#2"].has_room.set()
+    await enough
+    assert list(fleet.started) == ["a", "a#2"]
+
+
+async def test_a_start_that_failed_meanwhile_is_heard_of() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}), "a#2")
+    fleet.groups["a#2"].has_room.clear()
+    await fleet.start_enough()
+    fleet.groups["a#2"].has_room.set()
+    await asyncio.wait(fleet._starts.values())
+    with pytest.raises(LoadError, match="cannot load a#2"):
+        await fleet.start("a#2")
+    assert fleet.groups["a#2"].num_starts == 1
+
+
+async def test_stopping_ends_the_starts_that_are_under_way() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}))
+    fleet.groups["a#2"].has_room.clear()
+    await fleet.start_enough()
+    (start,) = fleet._starts.values()
+    await fleet.stop()
+    assert start.cancelled()
 
 
 async def test_a_model_without_any_group_is_an_error_that_names_it() -> None:
@@ -90,14 +141,24 @@ async def test_a_group_that_only_samples_is_not_enough() -> None:
 
 async def test_a_bug_is_not_taken_for_a_model_that_does_not_load() -> None:
     fleet = _fleet(_config({"name": "a"}))
-    fleet.groups["a"].works = None
-
-    async def start() -> None:
-        raise ZeroDivisionError
-
-    fleet.groups["a"].start = start
+    fleet.groups["a"].start = _bug
     with pytest.raises(ZeroDivisionError):
-        await fleet.start()
+        await fleet.start_enough()
+    with pytest.raises(ZeroDivisionError):
+        await fleet.start("a")
+
+
+async def test_a_bug_in_one_group_leaves_the_others_to_serve(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}))
+    fleet.groups["a#2"].start = _bug
+    await fleet.start_enough()
+    assert list(fleet.started) == ["a"]
+    assert "a#2 did not start" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+async def _bug() -> None:
+    raise ZeroDivisionError
 
 
 async def test_what_is_covered_later_is_made_and_not_yet_started() -> None:

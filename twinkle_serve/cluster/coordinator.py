@@ -69,18 +69,19 @@ class Coordinator:
 
     def __init__(self, deployment: Deployment, engine: str = ENGINE) -> None:
         config = deployment.config
-        configure_logs(config.monitoring, "coordinator")
         self._deployment = deployment
         self._config = config
         self._engine = engine
         self._fleet = Fleet(config, self._make_group)
-        self._growing: asyncio.Task[None] | None = None
-        self._catalog = Catalog(config.storage.root, config.storage.catalog_url)
+        self._catalog: Catalog | None = None
+        self._ledger: Ledger | None = None
         self._plane: ControlPlane | None = None
+        self._served: set[str] = set()  # groups that the plane has
+        self._joining: dict[str, asyncio.Task[None]] = {}  # by name of the group
         self._journal: Journal | None = None
-        self._ledger = Ledger(config.storage.root)
         self._status = Status("loading", "starting")
         self._life: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._pinged_at = time.monotonic()
         self._failed_at = 0.0
         self._curves = HistoryFiles(config.storage.root)
@@ -121,19 +122,27 @@ class Coordinator:
         return True
 
     async def stop(self) -> None:
-        """End the ranks and close the catalogue. The actor is of no use afterwards."""
+        """End the ranks and close the catalogue. The actor is of no use afterwards. Two replicas that replace
+        it may both ask, and each kills the actor once it is answered: so each waits for the whole of it."""
+        if self._stopping is None:
+            for task in (self._life, *self._joining.values()):
+                if task is not None and task is not asyncio.current_task():
+                    task.cancel()
+            self._stopping = asyncio.create_task(self._stop())
+        await self._stopping
+
+    async def _stop(self) -> None:
         self._status = Status("failed", "the service is stopping")
-        for task in (self._life, self._growing):
-            if task is not None and task is not asyncio.current_task():
-                task.cancel()
         plane, self._plane = self._plane, None
         if plane is not None:
             await plane.close()
             await self._save_curves(plane)
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
-        self._catalog.close()
-        self._ledger.close()
+        if self._catalog is not None:
+            self._catalog.close()
+        if self._ledger is not None:
+            self._ledger.close()
         await self._fleet.stop()
 
     def _live(self) -> None:
@@ -171,7 +180,9 @@ class Coordinator:
             self._status = Status("failed", str(error))
         except Exception as error:
             _log.exception("the coordinator could not start")
-            self._status = Status("failed", f"cannot start: {error}")
+            # Of a database only the first line says what is wrong, and none says which database it is.
+            reason = str(error).partition("\n")[0]
+            self._status = Status("failed", f"cannot start: {self._status.message}: {reason}")
         self._failed_at = time.monotonic()
 
     def _fenced(self) -> None:
@@ -180,48 +191,71 @@ class Coordinator:
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     async def _load(self) -> None:
+        catalog, ledger = self._open_records()
         storage = self._config.storage
         names = ", ".join(self._fleet.missing)
         self._status = Status("loading", f"loading base model {names}")
         await self._fleet.start_enough()
+        self._status = Status("loading", "taking up what is in the journal")
         # Opened only now, when this coordinator can go on with what the one before it left.
         self._journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
         durability = Durability(self._journal, StateFiles(storage.root), resolve, self._fenced)
+        groups = self._fleet.started
         plane = ControlPlane(
-            self._fleet.started,
-            self._catalog,
+            groups,
+            catalog,
             self._config,
             durability=durability,
             name_of=tenant_names(self._config),
-            ledger=self._ledger,
+            ledger=ledger,
             meter=RayMeter(),
         )
         plane.watch.spans.export = span_exporter(self._config.monitoring.otlp_endpoint, "coordinator")
         plane.watch.histories.load = self._curves.load
         await plane.start()
-        self._plane = plane
+        self._plane, self._served = plane, set(groups)
         self._status = Status("ready", "ready")
+
+    def _open_records(self) -> tuple[Catalog, Ledger]:
+        """Before the models, as nothing of this takes long, and each once. Not when this is made: an actor
+        that raises then is made anew without end, and nobody is told why."""
+        self._status = Status("loading", "opening the log, the catalogue and the ledger")
+        configure_logs(self._config.monitoring, "coordinator")
+        storage = self._config.storage
+        if self._catalog is None:
+            self._catalog = Catalog(storage.root, storage.catalog_url)
+        if self._ledger is None:
+            self._ledger = Ledger(storage.root)
+        return self._catalog, self._ledger
 
     def _make_group(self, name: str, model: ModelConfig) -> RayGroup:
         whitelist, monitoring = self._config.losses.whitelist, self._config.monitoring
         return RayGroup(model, self._engine, whitelist, name, monitoring)
 
     def _grow(self) -> None:
-        """Start the groups that are missing, beside those that serve."""
-        if self._plane is None or not self._fleet.missing or time.monotonic() - self._failed_at < _RELOAD_S:
+        """Let the other groups serve too, beside those that do."""
+        if self._plane is None or time.monotonic() - self._failed_at < _RELOAD_S:
             return
-        if self._growing is None or self._growing.done():
-            self._growing = asyncio.create_task(self._start_missing())
+        for name in self._fleet.groups:
+            joining = self._joining.get(name)
+            if name not in self._served and (joining is None or joining.done()):
+                self._joining[name] = asyncio.create_task(self._join(name))
 
-    async def _start_missing(self) -> None:
-        names = self._fleet.missing
-        for reason in await self._fleet.start():
-            _log.error("%s; it is tried again in %g s", reason, _RELOAD_S)
+    async def _join(self, name: str) -> None:
+        """Start one group and let it serve. It may have to wait for room, and others wait for nobody."""
+        try:
+            await self._fleet.start(name)
+        except Exception as error:
+            bug = None if isinstance(error, LoadError) else error
+            _log.error(
+                "%s did not start: %s; it is tried again in %g s", name, error, _RELOAD_S, exc_info=bug
+            )
             self._failed_at = time.monotonic()
-        for name in names:
-            if self._plane is not None and name in self._fleet.started:
-                self._plane.add_group(name, self._fleet.groups[name], self._fleet.model_of(name))
-                _log.warning("%s serves", name)
+            return
+        assert self._plane is not None
+        self._served.add(name)
+        self._plane.add_group(name, self._fleet.groups[name], self._fleet.model_of(name))
+        _log.warning("%s serves", name)
 
 
 def find_or_create(deployment: Deployment, engine: str = ENGINE) -> Any:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from twinkle_serve.cluster.group import LoadError, RayGroup
 from twinkle_serve.config import Config, ModelConfig
@@ -15,13 +16,19 @@ from twinkle_serve.control.groups import group_names, sampling_group_names
 
 _log = logging.getLogger(__name__)
 MakeGroup = Callable[[str, ModelConfig], RayGroup]
+# Groups of one model load at about the same pace, and the runs of an earlier life are shared out among those
+# that are there when the service starts.
+_GRACE_S = 60.0
 
 
 class Fleet:
     """The groups that ``config`` asks for; ``cover`` may ask for more later."""
 
-    def __init__(self, config: Config, make: MakeGroup) -> None:
+    def __init__(self, config: Config, make: MakeGroup, grace_s: float = _GRACE_S) -> None:
+        """grace_s: how long ``start_enough`` waits for groups that it could do without, seconds."""
         self._make = make
+        self._grace_s = grace_s
+        self._starts: dict[str, asyncio.Task[Any]] = {}  # whose outcome nobody has heard yet
         self._models: dict[str, ModelConfig] = {}
         self.groups: dict[str, RayGroup] = {}
         self.cover(config)
@@ -46,32 +53,55 @@ class Fleet:
     def missing(self) -> list[str]:
         return [name for name, group in self.groups.items() if not group.was_started]
 
-    async def start(self) -> list[str]:
-        """Start all that are missing, at once. Returns the reasons of those that could not be."""
-        asked = (self.groups[name].start() for name in self.missing)
-        results = await asyncio.gather(*asked, return_exceptions=True)
-        reasons = []
-        for result in results:
-            if isinstance(result, LoadError):
-                reasons.append(str(result))
-            elif isinstance(result, BaseException):
-                raise result
-        return reasons
+    async def start(self, name: str) -> None:
+        """Start one group, or hear of its start that is under way or over. Raises LoadError."""
+        start = self._begin(name)
+        await asyncio.wait([start])
+        del self._starts[name]
+        start.result()
 
     async def start_enough(self) -> None:
-        """Start all that are missing. Raises LoadError if a base model then has no group that trains; for the
-        rest, and for models that come to be served meanwhile, it is enough to try again later."""
+        """Start all that are missing. Returns when each base model has a group that trains, and all others
+        were given ``grace_s`` more: a group without room must not keep a loaded one away for an hour. What is
+        still under way then goes on, for ``start`` to hear of.
+
+        Raises LoadError if a base model is left without a group that trains; for the rest, and for models
+        that come to be served meanwhile, it is enough to try again later.
+        """
         models = dict(self._models)
-        reasons = await self.start()
+        starts = {name: self._begin(name) for name in self.missing}
+        pending = set(starts.values())
+        while pending and not self._trains(models):
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if pending:
+            await asyncio.wait(pending, timeout=self._grace_s)
+        over = {name: self._starts.pop(name) for name, start in starts.items() if start.done()}
+        errors = {name: error for name, start in over.items() if (error := start.exception()) is not None}
+        bugs = {name: error for name, error in errors.items() if not isinstance(error, LoadError)}
+        if not self._trains(models):
+            if bugs:
+                raise next(iter(bugs.values()))
+            raise LoadError("; ".join(dict.fromkeys(map(str, errors.values()))))
+        for name, error in errors.items():
+            why = "%s did not start: %s; the other groups of this model serve without it"
+            _log.error(why, name, error, exc_info=bugs.get(name))
+
+    def _begin(self, name: str) -> asyncio.Task[Any]:
+        if name not in self._starts:
+            self._starts[name] = asyncio.create_task(self.groups[name].start())
+        return self._starts[name]
+
+    def _trains(self, models: Mapping[str, ModelConfig]) -> bool:
+        """Whether each base model has a group in which runs can live. models: by name of the group."""
         trained = {
             model.name
             for name, model in models.items()
             if self.groups[name].was_started and name not in sampling_group_names(model)
         }
-        if any(model.name not in trained for model in models.values()):
-            raise LoadError("; ".join(dict.fromkeys(reasons)))
-        for reason in reasons:
-            _log.error("%s; the other groups of this model serve without it", reason)
+        return all(model.name in trained for model in models.values())
 
     async def stop(self) -> None:
+        for start in self._starts.values():
+            start.cancel()
+        await asyncio.gather(*self._starts.values(), return_exceptions=True)
         await asyncio.gather(*(group.stop() for group in self.groups.values()))
