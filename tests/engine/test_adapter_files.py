@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyrage
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +27,7 @@ from tests.engine.ticks import (
     tensors,
     value,
 )
-from twinkle_serve.engine.adapter_files import load_adapter, save_adapter
+from twinkle_serve.engine.adapter_files import encrypted, load_adapter, save_adapter
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.protocol.data import AdamParams, LoraSpec
 from twinkle_serve.protocol.work import LoadAdapter, Outcome, SaveAdapter
@@ -238,6 +241,21 @@ def test_the_directory_s_files_manifest_and_size(moe: Engine, tmp_path: Path) ->
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     assert (manifest["kind"], manifest["step"]) == ("training", 2)
     assert set(manifest["files"]) == files - {"manifest.json"}
+
+
+def test_files_are_encrypted_to_each_recipient() -> None:
+    native, ssh = pyrage.x25519.Identity.generate(), Ed25519PrivateKey.generate()
+    encoding, public = serialization.Encoding, serialization.PublicFormat.OpenSSH
+    recipients = [str(native.to_public()), ssh.public_key().public_bytes(encoding.OpenSSH, public).decode()]
+    files = {"a": b"weights", "b": b""}
+    written = encrypted(files, recipients)
+    private = serialization.PrivateFormat.OpenSSH
+    text = ssh.private_bytes(encoding.PEM, private, serialization.NoEncryption())
+    for identity in (native, pyrage.ssh.Identity.from_buffer(text)):
+        assert {name: pyrage.decrypt(data, [identity]) for name, data in written.items()} == {
+            "a.age": b"weights",
+            "b.age": b"",
+        }
 
 
 # What cannot be loaded ------------------------------------------------------------------------------------

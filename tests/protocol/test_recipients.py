@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pyrage import x25519
 
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.recipients import MAX_RECIPIENTS, check_recipients
+from twinkle_serve.protocol.recipients import MAX_KEY_LENGTH, MAX_RECIPIENTS, check_recipients
 
 
 def test_public_keys_pass() -> None:
@@ -13,7 +15,24 @@ def test_public_keys_pass() -> None:
     assert check_recipients([]) == ()
 
 
-@pytest.mark.parametrize("key", ["", "age1", "ssh-ed25519 AAAA", "\x00", "AGE-SECRET-KEY-1QQQ"])
+def ssh_key(private: ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) -> str:
+    return private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def test_public_keys_of_ssh_pass_with_or_without_a_comment() -> None:
+    keys = [
+        ssh_key(ed25519.Ed25519PrivateKey.generate()),
+        ssh_key(rsa.generate_private_key(65537, 2048)) + " me@home",
+        str(x25519.Identity.generate().to_public()),
+    ]
+    assert check_recipients(keys) == tuple(keys)
+    with pytest.raises(UserError, match="age_encryption_recipients: a key has 4097 characters; at most 4096"):
+        check_recipients([keys[0].ljust(MAX_KEY_LENGTH + 1, "x")])
+
+
+@pytest.mark.parametrize(
+    "key", ["", "age1", "ssh-ed25519 AAAA", "ssh-rsa AAAA", "\x00", "AGE-SECRET-KEY-1QQQ"]
+)
 def test_anything_else_is_refused_by_name(key: str) -> None:
     with pytest.raises(UserError, match="age_encryption_recipients"):
         check_recipients([key])

@@ -18,6 +18,7 @@ from twinkle_serve.engine.layout import AdapterLayout
 from twinkle_serve.engine.peft_format import export_peft, import_peft
 from twinkle_serve.engine.slots import LORA_ALPHA, AdapterState
 from twinkle_serve.engine.tinker_format import export_tinker
+from twinkle_serve.protocol.recipients import read_recipient
 from twinkle_serve.storage import checkpoints
 
 CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
@@ -47,7 +48,7 @@ def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str
     """The same files as age (age-encryption.org) has them; their names say so."""
     import pyrage  # few exports need it
 
-    keys = [pyrage.x25519.Recipient.from_str(key) for key in recipients]
+    keys = [read_recipient(key) for key in recipients]
     return {f"{name}.age": pyrage.encrypt(content, keys) for name, content in files.items()}
 
 
