@@ -13,7 +13,11 @@ import pytest
 
 from tests.gateway.world import API, Tenant, World, world
 from tests.hub.site import MARKER, Site, running_site
-from twinkle_serve.gateway.publishing import _MAX_NAME, repository_name
+from twinkle_serve.config import ModelScopeConfig
+from twinkle_serve.gateway import publishing
+from twinkle_serve.gateway.publishing import _MAX_NAME, Publisher, repository_name
+from twinkle_serve.hub.push import Order
+from twinkle_serve.protocol.errors import Busy
 from twinkle_serve.storage.checkpoints import write_checkpoint
 
 TOKEN, OTHER = "ms-canary-0123456789", "ms-other-0123456789"
@@ -103,6 +107,53 @@ async def test_a_client_that_cannot_wait_comes_again(
         answers = await asyncio.gather(*(owner.request("POST", f"{base}/publish") for _ in range(3)))
         assert [answer.status_code for answer in answers] == [204] * 3
         assert site.commits == 1
+
+
+async def test_few_are_pushed_at_a_time_and_the_others_stand_in_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: set[str] = set()
+    ended, most, over = [], 0, asyncio.Event()
+
+    async def run(order: Order) -> str:
+        nonlocal most
+        running.add(order.name)
+        most = max(most, len(running))
+        await over.wait()
+        running.remove(order.name)
+        ended.append(order.name)
+        return order.name
+
+    monkeypatch.setattr(publishing, "_run", run)
+    publisher = Publisher(ModelScopeConfig(), tmp_path)
+    files = {name: str(tmp_path / name) for name in FILES}
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [f"tinker://s:train:0/weights/{number}" for number in range(20)]
+    monkeypatch.setattr(publishing, "_WAIT_S", 0.01)
+    asked = [publisher.push("t", f"tml-{TOKEN}", path, files) for path in paths]
+    assert {type(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)} == {Busy}
+    assert len(running) == 4
+    monkeypatch.setattr(publishing, "_WAIT_S", 60.0)
+    over.set()
+    await asyncio.gather(*(publisher.push("t", f"tml-{TOKEN}", path, files) for path in paths))
+    assert sorted(ended) == sorted(map(repository_name, paths))
+    assert most == 4
+
+
+async def test_what_has_no_adapter_in_the_clear_is_refused(tmp_path: Path, site: Site) -> None:
+    async with world(tmp_path, auth=auth(site)) as here:
+        owner = await here.tenant(f"tml-{TOKEN}").settle()
+        record = here.plane._books.checkpoints.at((owner.objects["run"], "external_weights", "a"))
+        assert record is not None
+        write_checkpoint(record.directory, {f"{name}.age": b"secret" for name in FILES}, {})
+        base = f"{API}/training_runs/{owner.objects['run']}/checkpoints/external_weights/a"
+        answer = await owner.request("POST", f"{base}/publish")
+        assert answer.status_code == 400
+        assert "which an encrypted export has not" in answer.json()["detail"]
+        assert site.repositories == {}
+        info = await owner.request("GET", f"{API}/checkpoints")
+        assert not any(item["public"] for item in info.json()["checkpoints"])
 
 
 async def test_it_can_be_switched_off(tmp_path: Path, site: Site) -> None:

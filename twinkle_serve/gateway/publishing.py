@@ -28,6 +28,7 @@ _PUSHED = ("adapter_config.json", "adapter_model.safetensors")
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
 _AWAY = ("NetworkError", "RequestTimeoutError", "ServerError")
 _MAX_NAME = 100
+_MAX_PROCESSES = 4
 
 
 class Publisher:
@@ -37,15 +38,17 @@ class Publisher:
         self._hub = hub
         self._memos = root / "published"
         self._pushing: dict[str, asyncio.Task[str]] = {}
+        self._free = asyncio.Semaphore(_MAX_PROCESSES)
 
     async def push(self, tenant: str, key: str, path: str, files: Mapping[str, str]) -> str:
         """Push the adapter at the tinker path; the repository. Raises Busy when it takes longer than a
-        client waits: asked again, it goes on waiting. Raises UserError, BackendUnavailable."""
+        client waits, in line or under way: asked again, it goes on waiting. Raises UserError where there is
+        no adapter that others could read, BackendUnavailable."""
         digest = hashlib.sha256(f"{tenant}\n{path}".encode()).hexdigest()[:32]
         task = self._pushing.get(digest)
         if task is None:
             order = self._order(key.removeprefix(PREFIX), path, files, digest)
-            task = self._pushing[digest] = asyncio.create_task(_run(order))
+            task = self._pushing[digest] = asyncio.create_task(self._run_in_turn(order))
             task.add_done_callback(lambda _: self._pushing.pop(digest, None))
         try:
             async with asyncio.timeout(_WAIT_S):
@@ -53,8 +56,17 @@ class Publisher:
         except TimeoutError:
             raise Busy("the checkpoint is on its way to ModelScope; ask again", CAPACITY) from None
 
+    async def _run_in_turn(self, order: Order) -> str:
+        async with self._free:
+            return await _run(order)
+
     def _order(self, token: str, path: str, files: Mapping[str, str], digest: str) -> Order:
-        pushed = {name: files[name] for name in _PUSHED if name in files}
+        if any(name not in files for name in _PUSHED):
+            raise UserError(
+                f"{path} has no {' and '.join(_PUSHED)} to push to ModelScope, which an encrypted export "
+                "has not; it was not published"
+            )
+        pushed = {name: files[name] for name in _PUSHED}
         content = hashlib.sha256()
         for name in pushed:
             status = os.stat(pushed[name])
