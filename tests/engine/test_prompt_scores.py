@@ -19,7 +19,7 @@ from twinkle_serve.engine.draw import Drawn, draw_tokens
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.model_config import SamplerConfig
-from twinkle_serve.protocol.data import LoraSpec, SampleResult, TopK
+from twinkle_serve.protocol.data import Listed, LoraSpec, SampleResult, TopK
 
 PROMPT = np.random.default_rng(3).integers(0, VOCAB_SIZE, 41).tolist()
 
@@ -102,6 +102,54 @@ def test_only_the_last_n(last_n: int, chunked: Engine, logprobs: np.ndarray) -> 
     expected = actual(logprobs)
     expected[: max(1, len(PROMPT) - last_n)] = np.nan
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_only_the_last_n_leaves_targets_and_alternatives_whole(chunked: Engine, logprobs: np.ndarray) -> None:
+    wanted = np.full((len(PROMPT) - 1, 2), 5)
+    fields = {"target_prompt_tokens": wanted, "prompt_alt_tokens_k": 3, "seed": 1}
+    found = sample(
+        chunked,
+        PROMPT,
+        max_tokens=1,
+        prompt_logprobs=True,
+        topk_prompt_logprobs=2,
+        prompt_logprobs_last_n=4,
+        **fields,
+    )
+    expected = actual(logprobs)
+    expected[:-4] = np.nan
+    np.testing.assert_allclose(found.prompt_logprobs, expected, atol=1e-4)
+    assert found.topk_prompt is not None
+    assert (found.topk_prompt.logprobs[:-4] == -99999).all()
+    assert (found.topk_prompt.logprobs[-4:] > -99999).all()
+    np.testing.assert_allclose(found.target_prompt_logprobs, logprobs[:-1, [5, 5]], atol=1e-4)
+    whole = sample(chunked, PROMPT, max_tokens=1, **fields).prompt_alternatives
+    assert found.prompt_alternatives is not None
+    assert whole is not None
+    np.testing.assert_array_equal(found.prompt_alternatives.token_ids, whole.token_ids)
+
+
+def test_targets_are_told_with_their_cells_and_what_is_before_them_may_be_cached(
+    chunked: Engine, logprobs: np.ndarray
+) -> None:
+    wanted = np.full((len(PROMPT) - 1, 2), -1)
+    wanted[35] = 5, 6
+    cells = Listed(np.array([0] * 36 + [2] * 5), np.array([0, 1]))
+    sample(chunked, PROMPT, max_tokens=1)
+    found = sample(chunked, PROMPT, max_tokens=1, target_prompt_tokens=wanted, target_cells=cells)
+    assert found.target_cells is cells
+    assert found.target_prompt_logprobs is not None
+    np.testing.assert_allclose(cells.of(found.target_prompt_logprobs), logprobs[35, 5:7], atol=1e-4)
+    assert np.count_nonzero(found.target_prompt_logprobs) == 2
+    assert 0 < found.prompt_cache_hit_tokens <= 35
+
+
+def test_targets_that_name_nothing_are_zeros(chunked: Engine) -> None:
+    wanted = np.full((len(PROMPT) - 1, 2), -1)
+    found = sample(chunked, PROMPT, max_tokens=1, target_prompt_tokens=wanted).target_prompt_logprobs
+    assert found is not None
+    assert found.shape == wanted.shape
+    assert not found.any()
 
 
 def test_alternatives_are_draws_at_the_temperature(chunked: Engine, logprobs: np.ndarray) -> None:

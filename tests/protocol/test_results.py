@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tinker import types
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
 from twinkle_serve.protocol.data import Column, ForwardResult, SampledSequence, SampleResult, TopK
@@ -23,6 +26,7 @@ from twinkle_serve.protocol.results import (
     sample_json,
     sample_proto,
 )
+from twinkle_serve.protocol.sample import SampleLimits, decode_sample
 
 NAN = math.nan
 
@@ -126,6 +130,33 @@ def test_samples_reach_the_sdk_whole(result: SampleResult) -> None:
         np.testing.assert_array_equal(alternatives.logprobs.to_numpy(), result.prompt_alternatives.logprobs)
     assert found.prompt_cache_hit_tokens == result.prompt_cache_hit_tokens
     json.loads(encode_result(result, JSON)[0])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_targets_come_back_in_the_layout_they_were_sent_in(sparse: bool) -> None:
+    ids = torch.tensor([[-1, -1, -1], [7, -1, 9], [-1, -1, -1], [-1, 3, -1]])
+    sent = (
+        types.TensorData.from_torch_sparse(ids, pad_value=-1) if sparse else types.TensorData.from_torch(ids)
+    )
+    body = {
+        "prompt": {"chunks": [{"tokens": [1, 2, 3, 4, 5]}]},
+        "target_prompt_logprobs": _tensor_data_to_model(sent).model_dump(exclude_none=True),
+    }
+    request = decode_sample(body, SampleLimits(100, 100, (2,)))
+    logprobs = np.array([[0, 0, 0], [-1, 0, -2], [0, 0, 0], [0, -3, 0]], np.float32)
+    sequence = SampledSequence(np.array([1], np.int32), np.array([-1.0], np.float32), "stop")
+    result = SampleResult((sequence,), target_prompt_logprobs=logprobs, target_cells=request.target_cells)
+    found = deserialize_sample_response(sample_proto(result)).target_prompt_logprobs
+    assert found.dtype == "float32"
+    assert (found.sparse_crow_indices, found.sparse_col_indices, found.shape) == (
+        sent.sparse_crow_indices,
+        sent.sparse_col_indices,
+        sent.shape,
+    )
+    np.testing.assert_array_equal(found.to_torch().numpy(), logprobs)
+    if sparse:
+        unnamed = np.where(ids.numpy() < 0, -1000, logprobs)
+        np.testing.assert_array_equal(found.to_torch(pad_value=-1000).numpy(), unnamed)
 
 
 def same_topk(theirs: Any, ours: TopK | None) -> None:

@@ -176,9 +176,10 @@ def test_stops_may_be_as_long_as_the_limit_and_are_counted() -> None:
 
 def test_targets_dense_and_sparse() -> None:
     dense = {"data": [4, -1, 0, 5], "dtype": "int64", "shape": [2, 2]}
-    found = decode_sample(body(target_prompt_logprobs=dense), LIMITS).target_prompt_tokens
-    assert found is not None
-    assert found.tolist() == [[4, -1], [0, 5]]
+    request = decode_sample(body(target_prompt_logprobs=dense), LIMITS)
+    assert request.target_prompt_tokens is not None
+    assert request.target_prompt_tokens.tolist() == [[4, -1], [0, 5]]
+    assert request.target_cells is None
     sparse = {
         "data": [4, 0],
         "dtype": "int64",
@@ -186,9 +187,32 @@ def test_targets_dense_and_sparse() -> None:
         "sparse_crow_indices": [0, 1, 2],
         "sparse_col_indices": [0, 1],
     }
-    found = decode_sample(body(target_prompt_logprobs=sparse), LIMITS).target_prompt_tokens
-    assert found is not None
-    assert found.tolist() == [[4, -1], [-1, 0]]
+    listed = decode_sample(body(target_prompt_logprobs=sparse), LIMITS)
+    assert listed.target_prompt_tokens is not None
+    assert listed.target_prompt_tokens.tolist() == [[4, -1], [-1, 0]]
+    assert listed.target_cells is not None
+    assert (listed.target_cells.starts.tolist(), listed.target_cells.columns.tolist()) == ([0, 1, 2], [0, 1])
+    assert listed.num_bytes - request.num_bytes == 8 * (3 + 2)
+
+
+def test_a_small_sparse_tensor_cannot_become_a_large_one() -> None:
+    limits = SampleLimits(vocab_size=50, max_length=2**18, eos_token_ids=(2,))
+    prompt = {"chunks": [{"tokens": [1] * (2**16 + 1)}]}
+
+    def sparse(width: int) -> dict[str, Any]:
+        crow = [0] * (2**16 + 1)
+        return {
+            "data": [],
+            "dtype": "int64",
+            "shape": [2**16, width],
+            "sparse_crow_indices": crow,
+            "sparse_col_indices": [],
+        }
+
+    decode_sample({"prompt": prompt, "target_prompt_logprobs": sparse(256)}, limits)
+    message = r"target_prompt_logprobs has shape \[65536, 257\]; at most 16777216 cells are possible"
+    with pytest.raises(UserError, match=message):
+        decode_sample({"prompt": prompt, "target_prompt_logprobs": sparse(257)}, limits)
 
 
 def test_a_single_token_has_no_targets() -> None:

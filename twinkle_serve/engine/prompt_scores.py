@@ -6,6 +6,7 @@ Knows what a SampleRequest can ask about its prompt. Does not know batching or g
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from twinkle_serve.engine.base_model import BaseModel
@@ -33,41 +34,50 @@ def score_prompt(base: BaseModel, job: Job, start: int, hidden: torch.Tensor) ->
     scores.scored_to = max(scores.scored_to, end)
     if first >= end:
         return
+    told = max(first, scores.first_logprob - 1)
+    if told < end:
+        _score_tokens(base, job, scores, told, end, hidden[told - start : end - start])
     rows = hidden[first - start : end - start]
-    segments = _segments(job, rows.shape[0])
-    if job.request.prompt_logprobs:
-        targets = torch.from_numpy(job.request.prompt[first + 1 : end + 1].astype(np.int64))
-        scores.logprobs[first + 1 : end + 1] = _logprobs(base, rows, segments, targets.unsqueeze(1))[:, 0]
-        PULSE.beat()
     if scores.targets is not None:
-        assert job.request.target_prompt_tokens is not None
-        wanted = job.request.target_prompt_tokens[first:end]
-        found = _logprobs(base, rows, segments, torch.from_numpy(np.maximum(wanted, 0)))
-        scores.targets[first:end] = np.where(wanted < 0, 0.0, found)
+        _score_targets(base, job, scores.targets, first, end, rows)
+    if scores.alternatives is not None:
+        _draw_alternatives(base, job, scores, first, end, rows)
+
+
+def _score_tokens(
+    base: BaseModel, job: Job, scores: PromptScores, first: int, end: int, hidden: torch.Tensor
+) -> None:
+    """The prompt's own tokens, and the likeliest ones."""
+    request, segments = job.request, _segments(job, hidden.shape[0])
+    if request.prompt_logprobs:
+        targets = torch.from_numpy(request.prompt[first + 1 : end + 1].astype(np.int64))
+        logprobs = base.target_logprobs(hidden, segments, torch.arange(end - first), targets)
+        scores.logprobs[first + 1 : end + 1] = logprobs.cpu().numpy()
         PULSE.beat()
     if scores.topk is not None:
-        token_ids, logprobs = base.top_k_logprobs(rows, segments, job.request.topk_prompt_logprobs)
+        token_ids, logprobs = base.top_k_logprobs(hidden, segments, request.topk_prompt_logprobs)
         k = token_ids.shape[1]  # the vocabulary may be smaller than what was asked for
         scores.topk.token_ids[first + 1 : end + 1, :k] = token_ids.cpu().numpy()
         scores.topk.logprobs[first + 1 : end + 1, :k] = logprobs.cpu().numpy()
         PULSE.beat()
-    if scores.alternatives is not None:
-        _draw_alternatives(base, job, scores, first, end, rows)
+
+
+def _score_targets(
+    base: BaseModel, job: Job, found: npt.NDArray[np.float32], first: int, end: int, hidden: torch.Tensor
+) -> None:
+    assert job.request.target_prompt_tokens is not None
+    wanted = job.request.target_prompt_tokens[first:end]
+    rows, columns = np.nonzero(wanted >= 0)
+    tokens = torch.from_numpy(wanted[rows, columns])
+    logprobs = base.target_logprobs(hidden, _segments(job, hidden.shape[0]), torch.from_numpy(rows), tokens)
+    found[first + rows, columns] = logprobs.cpu().numpy()
+    PULSE.beat()
 
 
 def _segments(job: Job, num_rows: int) -> list[Segment]:
     if job.adapter is None or "unembed" not in trained_groups(job.adapter.spec):
         return []
     return [Segment(job.adapter, 0, num_rows)]
-
-
-def _logprobs(
-    base: BaseModel, hidden: torch.Tensor, segments: list[Segment], targets: torch.Tensor
-) -> np.ndarray:
-    """Logprobs of ``targets`` int64 [n, K], K tokens at each row of ``hidden`` [n, H]: float32 [n, K]."""
-    rows = torch.arange(targets.shape[0]).repeat_interleave(targets.shape[1])
-    flat = base.target_logprobs(hidden, segments, rows, targets.reshape(-1))
-    return flat.view(targets.shape).cpu().numpy()
 
 
 def _draw_alternatives(

@@ -31,11 +31,12 @@ EMPTY_TOPK = (0, -99999.0)
 @dataclass(eq=False, slots=True)
 class PromptScores:
     """Logprobs asked for at prompt positions, NaN or empty until scored. ``first`` is the first position
-    wanted; the logprob of prompt token p comes from the hidden state at p - 1, and hidden states before
-    ``scored_to`` have been used."""
+    wanted, ``first_logprob`` that of ``logprobs`` and ``topk``; the logprob of prompt token p comes from the
+    hidden state at p - 1, and hidden states before ``scored_to`` have been used."""
 
     request: SampleRequest
     first: int
+    first_logprob: int
     logprobs: npt.NDArray[np.float32]
     topk: TopK | None
     targets: npt.NDArray[np.float32] | None
@@ -45,26 +46,27 @@ class PromptScores:
     @classmethod
     def of(cls, request: SampleRequest) -> PromptScores | None:
         """None if nothing is asked for."""
-        length, k = len(request.prompt), request.topk_prompt_logprobs
-        wanted = (
-            request.prompt_logprobs
-            or k > 0
-            or request.prompt_alt_tokens_k > 0
-            or request.target_prompt_tokens is not None
-        )
-        if not wanted:
+        length, k, draws = len(request.prompt), request.topk_prompt_logprobs, request.prompt_alt_tokens_k
+        last_n, targets = request.prompt_logprobs_last_n, request.target_prompt_tokens
+        first_logprob = 1 if last_n is None else max(1, length - last_n)
+        firsts = []
+        if request.prompt_logprobs or k > 0:
+            firsts.append(first_logprob)
+        if targets is not None:
+            named = (targets >= 0).any(axis=1)
+            firsts.append(1 + int(named.argmax()) if named.any() else length)
+        if draws > 0:
+            firsts.append(1)
+        if not firsts:
             return None
-        last_n = request.prompt_logprobs_last_n
-        targets = request.target_prompt_tokens
         return cls(
             request=request,
-            first=1 if last_n is None else max(1, length - last_n),
+            first=min(firsts),
+            first_logprob=first_logprob,
             logprobs=np.full(length, np.nan, np.float32),
             topk=_empty_topk(length, k) if k > 0 else None,
             targets=None if targets is None else np.zeros(targets.shape, np.float32),
-            alternatives=_empty_topk(length - 1, request.prompt_alt_tokens_k)
-            if request.prompt_alt_tokens_k > 0
-            else None,
+            alternatives=_empty_topk(length - 1, draws) if draws > 0 else None,
         )
 
 
@@ -202,6 +204,7 @@ class Job:
             prompt_logprobs=scores.logprobs if scores is not None and wants_logprobs else None,
             topk_prompt=scores.topk if scores is not None else None,
             target_prompt_logprobs=scores.targets if scores is not None else None,
+            target_cells=self.request.target_cells,
             prompt_alternatives=scores.alternatives if scores is not None else None,
             prompt_cache_hit_tokens=self.num_cached_tokens,
         )

@@ -152,11 +152,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """Which cells of a matrix a client named, where it did not send all, as in CSR: those of row r are in
+    ``columns[starts[r] : starts[r + 1]]``. Both int64, [rows + 1] and [cells]."""
+
+    starts: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+
+    def of(self, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What ``matrix`` has in these cells, [cells]."""
+        rows = np.repeat(np.arange(matrix.shape[0]), np.diff(self.starts))
+        return matrix[rows, self.columns]
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRequest:
     """One ``asample``: a prompt (int32 [P]), how many samples, and which logprobs to report.
 
     target_prompt_tokens: int64 [P-1, K] whose logprobs at each prompt position are wanted, -1 = skip.
-    prompt_logprobs_last_n: score only the last n prompt positions; the others are NaN.
+    target_cells: those the client named, which are all that it is told of; None: all.
+    prompt_logprobs_last_n: of prompt_logprobs and topk_prompt_logprobs only the last n positions are scored;
+    the others are NaN or empty.
     """
 
     prompt: npt.NDArray[np.int32]
@@ -166,6 +182,7 @@ class SampleRequest:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     target_prompt_tokens: npt.NDArray[np.int64] | None = None
+    target_cells: Listed | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
 
@@ -174,6 +191,8 @@ class SampleRequest:
         """What it holds while it waits."""
         stops = sum(len(text.encode()) for text in self.params.stop_strings)
         targets = 0 if self.target_prompt_tokens is None else self.target_prompt_tokens.nbytes
+        if self.target_cells is not None:
+            targets += self.target_cells.starts.nbytes + self.target_cells.columns.nbytes
         return self.prompt.nbytes + stops + targets
 
 
@@ -207,11 +226,15 @@ class SampleDelta:
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """prompt_logprobs float32 [P], NaN at 0 and wherever not scored; the rest as asked for."""
+    """prompt_logprobs float32 [P], NaN at 0 and wherever not scored; the rest as asked for.
+
+    target_prompt_logprobs: float32 [P-1, K], of which ``target_cells`` are told; None: all.
+    """
 
     sequences: tuple[SampledSequence, ...]
     prompt_logprobs: npt.NDArray[np.float32] | None = None
     topk_prompt: TopK | None = None
     target_prompt_logprobs: npt.NDArray[np.float32] | None = None
+    target_cells: Listed | None = None
     prompt_alternatives: TopK | None = None
     prompt_cache_hit_tokens: int = 0

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from twinkle_serve.protocol import schema
-from twinkle_serve.protocol.data import Column, ForwardResult, SampledSequence, SampleResult, TopK
+from twinkle_serve.protocol.data import Column, ForwardResult, Listed, SampledSequence, SampleResult, TopK
 from twinkle_serve.protocol.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
@@ -126,7 +127,7 @@ def sample_proto(result: SampleResult) -> bytes:
     if result.topk_prompt is not None:
         _write_topk(message.topk_prompt_logprobs, result.topk_prompt)
     if result.target_prompt_logprobs is not None:
-        _write_tensor(message.target_prompt_logprobs, result.target_prompt_logprobs.astype("<f4"))
+        _write_matrix(message.target_prompt_logprobs, result.target_prompt_logprobs, result.target_cells)
     if result.prompt_alternatives is not None:
         alternatives = message.prompt_alt_tokens
         _write_tensor(alternatives.tokens, result.prompt_alternatives.token_ids.astype("<i8"))
@@ -189,3 +190,15 @@ def _write_tensor(message: Any, array: Array) -> None:
     message.dense = np.ascontiguousarray(array).tobytes()
     message.dtype = schema.INT64 if array.dtype.kind == "i" else schema.FLOAT32
     message.shape.extend(array.shape)
+
+
+def _write_matrix(message: Any, matrix: npt.NDArray[np.float32], cells: Listed | None) -> None:
+    """In the layout in which it was asked for."""
+    if cells is None:
+        _write_tensor(message, matrix.astype("<f4"))
+        return
+    message.sparse_csr.values = cells.of(matrix).astype("<f4").tobytes()
+    message.sparse_csr.crow_indices = cells.starts.astype("<i8").tobytes()
+    message.sparse_csr.col_indices = cells.columns.astype("<i8").tobytes()
+    message.dtype = schema.FLOAT32
+    message.shape.extend(matrix.shape)

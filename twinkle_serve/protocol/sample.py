@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from twinkle_serve.protocol.batch import check_token_range
-from twinkle_serve.protocol.data import SampleRequest, SamplingParams
+from twinkle_serve.protocol.data import Listed, SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.requests import Lenient, Metadata, Seed, read
 from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
@@ -27,6 +27,8 @@ MAX_STOP_BYTES = 256
 MAX_TOPK = 1024
 MAX_TOPK_CELLS = 2**26
 """Alternatives, of eight bytes each, that all tokens of an answer may have together."""
+MAX_TARGET_CELLS = 2**24
+"""Prompt positions times K of target_prompt_logprobs: a sparse tensor is small on the wire only."""
 MAX_DRAWS = 64
 MAX_DRAWN_CELLS = 2**34
 """Each draw of a prompt's alternatives goes through the whole vocabulary, and no other sample gets on
@@ -80,6 +82,7 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     check_topk("topk_sample_logprobs", sample.topk_sample_logprobs, drawn)
     check_topk("topk_prompt_logprobs", sample.topk_prompt_logprobs, last_n or prompt.size)
     _check_draws(sample.prompt_alt_tokens_k, prompt.size, limits.vocab_size)
+    targets, target_cells = _targets(sample.target_prompt_logprobs, prompt.size, limits)
     return SampleRequest(
         prompt=prompt,
         params=params,
@@ -87,7 +90,8 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
         prompt_logprobs=sample.prompt_logprobs,
         topk_prompt_logprobs=sample.topk_prompt_logprobs,
         topk_sample_logprobs=sample.topk_sample_logprobs,
-        target_prompt_tokens=_targets(sample.target_prompt_logprobs, prompt.size, limits),
+        target_prompt_tokens=targets,
+        target_cells=target_cells,
         prompt_alt_tokens_k=sample.prompt_alt_tokens_k,
         prompt_logprobs_last_n=last_n,
     )
@@ -180,10 +184,13 @@ def _stops(stop: Any, limits: SampleLimits) -> tuple[tuple[int, ...], tuple[str,
     raise UserError(f"{where} must hold non-empty strings only, or token ids only")
 
 
-def _targets(value: Any, prompt_size: int, limits: SampleLimits) -> npt.NDArray[np.int64] | None:
-    """target_prompt_logprobs: int64 [P-1, K]; -1 asks for nothing, as does what CSR does not list."""
+def _targets(
+    value: Any, prompt_size: int, limits: SampleLimits
+) -> tuple[npt.NDArray[np.int64] | None, Listed | None]:
+    """target_prompt_logprobs: int64 [P-1, K], and which cells were listed if it is sparse. -1 asks for
+    nothing, as does what CSR does not list."""
     if value is None:
-        return None
+        return None, None
     name = "target_prompt_logprobs"
     if prompt_size < 2:
         raise UserError(f"{name} needs a prompt of at least two tokens")
@@ -191,16 +198,21 @@ def _targets(value: Any, prompt_size: int, limits: SampleLimits) -> npt.NDArray[
         tensor = tensor_from_json(value)
         if tensor.values.dtype.kind != "i":
             raise UserError("must be int64")
+        if math.prod(tensor.shape) > MAX_TARGET_CELLS:
+            raise UserError(f"has shape {list(tensor.shape)}; at most {MAX_TARGET_CELLS} cells are possible")
         # Unlisted CSR entries become 0, a real token id: shift so that 0 means "nothing asked".
         shifted = type(tensor)(tensor.values + 1, tensor.shape, tensor.crow, tensor.col)
-        rows, width = shifted.as_rows(prompt_size - 1, prompt_size * MAX_TOPK)
+        rows, width = shifted.as_rows(prompt_size - 1, MAX_TARGET_CELLS)
         if not width:
             raise UserError(f"must have shape [{prompt_size - 1}, K]")
     except UserError as error:
         raise UserError(f"{name} {error}") from None
     if check_token_range(rows, limits.vocab_size + 1) is not None:
         raise UserError(f"{name} holds an id outside -1..{limits.vocab_size - 1}")
-    return (rows - 1).reshape(prompt_size - 1, width)
+    listed = None
+    if tensor.crow is not None and tensor.col is not None:
+        listed = Listed(tensor.crow, tensor.col)
+    return (rows - 1).reshape(prompt_size - 1, width), listed
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> None:
