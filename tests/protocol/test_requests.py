@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -130,6 +131,48 @@ def test_metadata_that_is_nested_too_deeply_is_named() -> None:
         value = [value]
     with pytest.raises(UserError, match="user_metadata"):
         wire.as_strings({"a": value})
+    with pytest.raises(UserError, match=r"user_metadata: .*nested too deeply"):
+        wire.read(wire.CreateSession, {"user_metadata": {"a": value}})
+
+
+KEPT = wire.MAX_KEPT_BYTES
+BARE = {"session_id": "s", "model_seq_id": 0, "base_model": "b", "lora_config": {"rank": 1}, "path": "p"}
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "full", "over"),
+    [
+        *(
+            # {"k": "..."} and ["..."] with what JSON puts around them; "é" has two bytes.
+            (model, "user_metadata", {"k": "é" * (KEPT // 2 - 4 - 1) + "x"}, {"k": "é" * (KEPT // 2 - 4)})
+            for model in (
+                wire.CreateSession,
+                wire.CreateModel,
+                wire.SaveWeights,
+                wire.SaveForSampler,
+                wire.SaveExternal,
+                wire.LoadWeights,
+            )
+        ),
+        (wire.CreateSession, "tags", ["x" * (KEPT - 4)], ["x" * (KEPT - 3)]),
+        (wire.CreateSession, "display_name", "x" * 1024, "x" * 1025),
+        (wire.CreateSession, "sdk_version", "x" * 1024, "x" * 1025),
+        (wire.CreateSession, "project_id", "x" * 128, "x" * 129),
+        (wire.FinishSession, "reason", {"type": "x" * (KEPT - 12)}, {"type": "x" * (KEPT - 11)}),
+        (wire.FinishSession, "detail", "x" * (KEPT - 2), "x" * (KEPT - 1)),
+    ],
+)
+def test_what_is_kept_has_a_limit(model: type[wire.Lenient], field: str, full: Any, over: Any) -> None:
+    assert getattr(wire.read(model, BARE | {field: full}), field) == full
+    with pytest.raises(UserError, match=rf"^{field}: .*at most"):
+        wire.read(model, BARE | {field: over})
+
+
+def test_several_fields_at_their_limits_fit_a_small_body() -> None:
+    large = {"k": "é" * (KEPT // 2 - 5)}
+    body = json.dumps({"user_metadata": large, "tags": list(large.values()), "display_name": "é" * 1024})
+    assert len(body) < wire.MAX_SMALL_BODY_BYTES
+    wire.read(wire.CreateSession, json.loads(body))
 
 
 def test_metadata_becomes_strings() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     AwareDatetime,
     BaseModel,
@@ -28,10 +29,28 @@ from twinkle_serve.protocol.errors import UserError
 MAX_RANK = 32
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
 MAX_PROJECT_LENGTH = 128
+MAX_NAME_LENGTH = 1024
+MAX_KEPT_BYTES = 64 * 1024
+"""Of one field, as JSON, that is kept with a session, a run or a checkpoint for as long as there is one."""
+MAX_SMALL_BODY_BYTES = 2**20
+"""For requests of such fields: several at their limit fit, however they are spaced and escaped."""
 MAX_SEQ_ID = 2**31 - 1
 """Of a run's commands. What protobuf requests can hold; the journal adds to it, in 64 bits."""
 
+
+def _small(value: Any) -> Any:
+    """``value``. Raises ValueError, which names the field, where it is too large to be kept."""
+    try:
+        num_bytes = len(json.dumps(value, ensure_ascii=False).encode())
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if num_bytes > MAX_KEPT_BYTES:
+        raise ValueError(f"has {num_bytes} bytes as JSON; at most {MAX_KEPT_BYTES} are possible")
+    return value
+
+
 Metadata = dict[str, Any]
+KeptMetadata = Annotated[Metadata, AfterValidator(_small)]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
 # Clients count with these; they become parts of ids, and of names of files.
 Counter = Annotated[int, Field(ge=0, lt=2**63)]
@@ -73,11 +92,11 @@ class CreateCustomLoss(Lenient):
 
 
 class CreateSession(Lenient):
-    tags: list[str] = []
-    user_metadata: Metadata = {}
-    sdk_version: str = ""
-    project_id: str | None = None
-    display_name: str | None = None
+    tags: Annotated[list[str], AfterValidator(_small)] = []
+    user_metadata: KeptMetadata = {}
+    sdk_version: str = Field("", max_length=MAX_NAME_LENGTH)
+    project_id: str | None = Field(None, max_length=MAX_PROJECT_LENGTH)
+    display_name: str | None = Field(None, max_length=MAX_NAME_LENGTH)
 
 
 class Heartbeat(Lenient):
@@ -85,8 +104,8 @@ class Heartbeat(Lenient):
 
 
 class FinishSession(Lenient):
-    reason: Metadata = {"type": "success"}
-    detail: str | None = None
+    reason: KeptMetadata = {"type": "success"}
+    detail: Annotated[str | None, AfterValidator(_small)] = None
 
 
 class LoraConfig(Lenient):
@@ -109,7 +128,7 @@ class CreateModel(Lenient):
     session_id: str
     model_seq_id: Counter
     base_model: str
-    user_metadata: Metadata = {}
+    user_metadata: KeptMetadata = {}
     lora_config: LoraConfig
     optimizer_config: Metadata = {}
 
@@ -162,7 +181,7 @@ class SaveWeights(Lenient):
     path: str | None = None
     ttl_seconds: Ttl | None = None
     overwrite: bool = False
-    user_metadata: Metadata = {}
+    user_metadata: KeptMetadata = {}
 
 
 class SaveForSampler(SaveWeights):
@@ -182,7 +201,7 @@ class LoadWeights(Lenient):
     session_id: str | None = None
     model_seq_id: Counter | None = None
     base_model: str | None = None
-    user_metadata: Metadata = {}
+    user_metadata: KeptMetadata = {}
     optimizer_config: Metadata = {}
 
 
