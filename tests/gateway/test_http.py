@@ -10,6 +10,7 @@ from tests.gateway.scripted import ScriptedBackend
 from tests.protocol import sdk_bodies as sdk
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import PassCommand
+from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.context import _CACHE_SIZE, Call, Gateway
 from twinkle_serve.gateway.identity import OpenIdentity
 from twinkle_serve.gateway.links import Links
@@ -30,6 +31,30 @@ async def test_a_body_above_the_limit_is_refused(client: httpx.AsyncClient) -> N
         answer = await client.post("/forward_backward", content=content, headers=sdk.PROTO)
         assert answer.status_code == 413
         assert "1048576" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "create_session",
+        "sessions/s/finish",
+        "create_model",
+        "load_weights",
+        "save_weights",
+        "save_weights_for_sampler",
+        "save_weights_external",
+    ],
+)
+async def test_what_is_kept_comes_in_small_bodies_wherever_the_limit_of_all_is(
+    backend: ScriptedBackend, config: Config, route: str
+) -> None:
+    large = config.model_copy(update={"http": config.http.model_copy(update={"max_body_bytes": 2**28})})
+    transport = httpx.ASGITransport(create_app(lambda: backend, large))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server/api/v1") as client:
+        content = b"{" + b" " * 2**20
+        answer = await client.post(f"/{route}", content=content, headers={"X-API-Key": "tml-test"})
+    assert answer.status_code == 413
+    assert "at most 1048576" in answer.json()["detail"]
 
 
 async def test_a_compressed_body(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:
@@ -64,6 +89,6 @@ async def test_the_cache_of_models_is_bounded(backend: ScriptedBackend, config: 
     with gateway.doors.visit("t", limits) as visit:
         call = Call(gateway, backend, "t", "name", limits, visit)
         for index in range(_CACHE_SIZE + 10):
-            await call.datum_limits(f"run-{index}")
+            await call.datum_limits(f"run-{index}", 0)
     assert len(gateway.models) == _CACHE_SIZE
     assert ("t", "run-0") not in gateway.models

@@ -207,6 +207,7 @@ async def test_trap_13_a_poll_may_come_before_its_predecessors(
         ("optim_step", {"optimizer_params": {"type": "dimuon"}}),
         ("save_weights", {"path": "a/b"}),
         ("save_weights", {"path": "a", "ttl_seconds": 5}),
+        ("save_weights", {"path": "a", "user_metadata": {"k": "x" * 2**16}}),
         ("save_weights_for_sampler", {"path": "publish"}),
         ("save_weights_for_sampler", {"sampling_session_seq_id": 0, "kind": "sideways"}),
         ("save_weights_external", {}),

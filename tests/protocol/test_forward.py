@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker import types
 
 from tests.protocol import sdk_bodies as sdk
 from twinkle_serve.protocol import schema
-from twinkle_serve.protocol.batch import DatumLimits
+from twinkle_serve.protocol.batch import MAX_WIDTH, DatumLimits, dense_room
 from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.forward import CheckedPass, address, check_pass, parse_json, parse_proto
@@ -225,12 +228,112 @@ def test_many_targets_are_for_cross_entropy_only() -> None:
 
 
 def test_a_small_body_cannot_become_a_huge_batch() -> None:
-    """CSR with two entries and ten million columns; and many tensors that are each just below the limit."""
+    """CSR tensors that are each just below the limit."""
     sparse = {"sparse_crow_indices": [0, 1], "sparse_col_indices": [0]}
-    for num_datums, width in ((1, 10**7), (5, 3_000)):
-        wide = types.TensorData(data=[1], dtype="int64", shape=[1, width], **sparse)
-        with pytest.raises(UserError, match="elements when dense"):
-            proto(*[sdk.datum([1], target_tokens=wide)] * num_datums)
+    wide = types.TensorData(data=[1], dtype="int64", shape=[1, 3_000], **sparse)
+    limits = replace(LIMITS, vocab_size=3_000)
+    envelope = parse_proto(sdk.forward_proto([sdk.datum([1], target_tokens=wide)] * 5))
+    with pytest.raises(
+        UserError, match=r"data\[3\].loss_fn_inputs.target_tokens has 3000 elements when dense"
+    ):
+        check_pass(envelope, limits)
+
+
+@pytest.mark.parametrize(("vocab", "most"), [(100, 100), (10**5, MAX_WIDTH)])
+def test_rows_have_no_more_targets_than_tokens_exist_or_are_of_use(vocab: int, most: int) -> None:
+    limits = replace(LIMITS, vocab_size=vocab)
+    for width in (most, most + 1):
+        wide = types.TensorData(data=np.ones((1, width), np.int64), dtype="int64", shape=[1, width])
+        envelope = parse_proto(sdk.forward_proto([sdk.datum([1], target_tokens=wide)]))
+        if width == most:
+            assert check_pass(envelope, limits).batch.columns["target_tokens"].widths.tolist() == [most]
+            continue
+        message = rf"target_tokens is \[N, {width}\]; \[N, K\] is possible with K up to {most}"
+        with pytest.raises(UserError, match=message):
+            check_pass(envelope, limits)
+
+
+def topk(num_tokens: int, width: int, num_graded: int) -> types.Datum:
+    """As distillation has it: the likeliest tokens where an answer is, and nothing where its prompt is."""
+    ids, weights = np.zeros((num_tokens, width), np.int64), np.zeros((num_tokens, width), np.float32)
+    ids[num_tokens - num_graded :], weights[num_tokens - num_graded :] = np.arange(1, width + 1), 1 / width
+    tensors = (torch.from_numpy(array) for array in (ids, weights))
+    targets, shares = (types.TensorData.from_torch_sparse(tensor) for tensor in tensors)
+    return sdk.datum([1] * num_tokens, target_tokens=targets, weights=shares)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "num_graded", "num_datums"),
+    [
+        (400, 1024, 400, 1),
+        (400, 1024, 200, 4),
+        (1024, 1024, 1, 1),
+        (8192, 1024, 30, 1),
+        (8192, 192, 0, 2),
+        (2048, 20, 100, 64),
+        (32_768, 20, 8, 2),
+    ],
+)
+def test_a_body_has_room_for_what_distillation_sends(
+    num_tokens: int, width: int, num_graded: int, num_datums: int
+) -> None:
+    body = sdk.forward_proto([topk(num_tokens, width, num_graded)] * num_datums)
+    limits = DatumLimits(100_000, 32_768, max_elements=dense_room(len(body)))
+    batch = check_pass(parse_proto(body), limits).batch
+    assert batch.columns["target_tokens"].values.size == num_tokens * width * num_datums
+
+
+def test_a_body_has_no_room_for_what_is_hundreds_of_times_as_large() -> None:
+    body = sdk.forward_proto([topk(4096, 1024, 0)])
+    assert len(body) < 100_000
+    limits = DatumLimits(100_000, 32_768, max_elements=dense_room(len(body)))
+    message = (
+        r"data\[0\].loss_fn_inputs.target_tokens has 4194304 elements when dense; at most 23\d+ fit a req"
+    )
+    with pytest.raises(UserError, match=message):
+        check_pass(parse_proto(body), limits)
+
+
+def empty(what: str, number: int) -> bytes:
+    """A body of so many empty submessages."""
+    if what == "datums":
+        return sdk.forward_proto([]) + b"\x1a\x00" * number
+    request = schema.ForwardBackwardRequest.FromString(sdk.forward_proto([]))
+    request.data.add().MergeFromString(b"\x0a\x02\x0a\x00" * number)
+    body: bytes = request.SerializeToString()
+    return body
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("datums", "data has 300000 datums; at most 20 fit one request"),
+        ("chunks", r"data\[0\].model_input has 300000 chunks; at most 12 are possible"),
+    ],
+)
+def test_no_object_is_made_for_what_is_too_many(what: str, message: str) -> None:
+    body = empty(what, 300_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            check_pass(parse_proto(body), LIMITS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10**6  # an object each has 20 MB
+
+
+def test_a_chunk_may_be_as_small_as_a_token() -> None:
+    model_input = types.ModelInput.empty()
+    for _ in range(LIMITS.max_length):
+        model_input = model_input.append_int(1)
+    targets = types.TensorData(data=[1] * LIMITS.max_length, dtype="int64", shape=[LIMITS.max_length])
+    batch = proto(types.Datum(model_input=model_input, loss_fn_inputs={"target_tokens": targets})).batch
+    assert batch.lengths.tolist() == [LIMITS.max_length]
+    chunks = {"chunks": [{"tokens": []}] * (LIMITS.max_length + 1)}
+    body = sdk.forward_json([{"model_input": chunks, "loss_fn_inputs": {}}])
+    with pytest.raises(UserError, match="has 13 chunks; at most 12 are possible"):
+        check_pass(parse_json(body, forward_only=False), LIMITS)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from twinkle_serve.gateway.http import expected_bytes, read_body
 from twinkle_serve.gateway.identity import Identity
 from twinkle_serve.gateway.links import Links
 from twinkle_serve.gateway.publishing import Publisher
-from twinkle_serve.protocol.batch import DatumLimits
+from twinkle_serve.protocol.batch import DatumLimits, dense_room
 from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.losses import LossSpec
 from twinkle_serve.protocol.sample import SampleLimits
@@ -80,8 +80,8 @@ class Call:
         """The JSON object in the body; {} when there is none. As ``body``."""
         return parse_object(await self.body(request, most))
 
-    async def datum_limits(self, run_id: str) -> DatumLimits:
-        """Raises NotFound."""
+    async def datum_limits(self, run_id: str, body_bytes: int) -> DatumLimits:
+        """Those of a request whose body has so many bytes. Raises NotFound."""
         model = self._known(run_id)
         if model is None:
             model = self._remember(run_id, (await self.backend.run_info(self.tenant, run_id)).model)
@@ -90,7 +90,7 @@ class Call:
             model.vocab_size,
             self._max_length(model),
             most if self.limits.datums is None else min(most, self.limits.datums),
-            self.max_body_bytes // 8,
+            min(self.max_body_bytes // 8, dense_room(body_bytes)),
         )
 
     async def custom_loss(self, loss_id: str) -> str:

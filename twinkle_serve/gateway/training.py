@@ -29,6 +29,7 @@ from twinkle_serve.control.backend import (
 from twinkle_serve.gateway.context import Authenticated, Call
 from twinkle_serve.gateway.http import describes, reply
 from twinkle_serve.protocol import requests as wire
+from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.forward import (
     CheckedPass,
@@ -49,7 +50,7 @@ router = APIRouter(tags=["training"])
 
 @router.post("/create_model", openapi_extra=describes(wire.CreateModel))
 async def create_model(request: Request, call: Authenticated) -> Response:
-    body = wire.read(wire.CreateModel, await call.object(request))
+    body = wire.read(wire.CreateModel, await call.object(request, wire.MAX_SMALL_BODY_BYTES))
     wire.check_optimizer(body.optimizer_config)
     request_id = await call.backend.create_model(
         call.tenant,
@@ -85,15 +86,17 @@ async def get_info(request: Request, call: Authenticated) -> Response:
 @router.post("/forward_backward", openapi_extra=describes(wire.ForwardBackward))
 async def forward_backward(request: Request, call: Authenticated) -> Response:
     """Protobuf or JSON, told by Content-Type; the result's form is told by the poll's Accept."""
-    if PROTOBUF in request.headers.get("content-type", ""):
-        return await _submit_pass(call, parse_proto(await call.body(request)))
-    return await _submit_pass(call, parse_json(await call.object(request), forward_only=False))
+    body = await call.body(request)
+    is_proto = PROTOBUF in request.headers.get("content-type", "")
+    envelope = parse_proto(body) if is_proto else parse_json(parse_object(body), forward_only=False)
+    return await _submit_pass(call, envelope, len(body))
 
 
 @router.post("/forward", openapi_extra=describes(wire.Forward))
 async def forward(request: Request, call: Authenticated) -> Response:
     """Old SDKs only; newer ones set forward_only."""
-    return await _submit_pass(call, parse_json(await call.object(request), forward_only=True))
+    body = await call.body(request)
+    return await _submit_pass(call, parse_json(parse_object(body), forward_only=True), len(body))
 
 
 @router.post("/optim_step", openapi_extra=describes(wire.Addressed, wire.OptimStep))
@@ -104,26 +107,26 @@ async def optim_step(request: Request, call: Authenticated) -> Response:
 
 @router.post("/save_weights", openapi_extra=describes(wire.Addressed, wire.SaveWeights))
 async def save_weights(request: Request, call: Authenticated) -> Response:
-    body = await call.object(request)
+    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
     return await _submit(call, body, lambda: _save("weights", wire.read(wire.SaveWeights, body)))
 
 
 @router.post("/save_weights_for_sampler", openapi_extra=describes(wire.Addressed, wire.SaveForSampler))
 async def save_weights_for_sampler(request: Request, call: Authenticated) -> Response:
-    body = await call.object(request)
+    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
     return await _submit(call, body, lambda: _save_for_sampler(body))
 
 
 @router.post("/save_weights_external", openapi_extra=describes(wire.Addressed, wire.SaveExternal))
 async def save_weights_external(request: Request, call: Authenticated) -> Response:
-    body = await call.object(request)
+    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
     return await _submit(call, body, lambda: _save_external(body))
 
 
 @router.post("/load_weights", openapi_extra=describes(wire.LoadWeights))
 async def load_weights(request: Request, call: Authenticated) -> Response:
     """Into the run ``model_id``, or, with a session instead of a run, into a new one."""
-    body = await call.object(request)
+    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
     if body.get("model_id") is not None:
         return await _submit(call, body, lambda: _load(body))
     load = wire.read(wire.LoadWeights, body)
@@ -156,8 +159,8 @@ async def _submit(call: Call, body: Mapping[str, Any], build: Callable[[], Comma
     return await _submit_to(call, model_id, seq_id, build)
 
 
-async def _submit_pass(call: Call, envelope: ForwardEnvelope) -> Response:
-    limits = await call.datum_limits(envelope.model_id)
+async def _submit_pass(call: Call, envelope: ForwardEnvelope, body_bytes: int) -> Response:
+    limits = await call.datum_limits(envelope.model_id, body_bytes)
     check: Callable[[], CheckedPass] = partial(check_pass, envelope, limits, call.gateway.whitelist)
     try:
         loss_id = uploaded_loss_id(envelope)

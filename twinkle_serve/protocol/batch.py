@@ -18,6 +18,10 @@ from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.losses import TARGETS, LossSpec
 from twinkle_serve.protocol.tensors import Array, WireTensor
 
+MAX_WIDTH = 4096
+"""K of a tensor [N, K]: four times as many as alternatives to a token can be asked for."""
+_ALWAYS_ROOM, _ROOM_PER_BYTE = 2**20, 16
+
 
 @dataclass(frozen=True, slots=True)
 class DatumLimits:
@@ -29,12 +33,23 @@ class DatumLimits:
     max_datums: int = 65_536
     max_elements: int = 2**25
 
+    @property
+    def max_width(self) -> int:
+        return min(MAX_WIDTH, self.vocab_size)
+
+
+def dense_room(num_bytes: int) -> int:
+    """max_elements for a body of so many bytes: a small one shall not fill a server's memory. A row of sparse
+    targets has 12 bytes, token included, and each number in it 16. So rows of up to 192 columns always fit,
+    and those of 1,024 when one of three hundred lists all of them."""
+    return _ALWAYS_ROOM + _ROOM_PER_BYTE * num_bytes
+
 
 class DatumSource(Protocol):
     """The datums of one request, whatever their encoding. Methods raise UserError."""
 
     def __len__(self) -> int: ...
-    def tokens(self, index: int) -> Array:
+    def tokens(self, index: int, max_chunks: int) -> Array:
         """model_input of a datum: int32 or int64 [N]."""
         ...
 
@@ -67,6 +82,12 @@ def check_count(num_datums: int, limits: DatumLimits) -> None:
         raise UserError(f"data has {num_datums} datums; at most {limits.max_datums} fit one request")
 
 
+def check_width(tensor: WireTensor, limits: DatumLimits) -> None:
+    """Raises UserError."""
+    if len(tensor.shape) == 2 and tensor.shape[1] > limits.max_width:
+        raise UserError(f"is [N, {tensor.shape[1]}]; [N, K] is possible with K up to {limits.max_width}")
+
+
 def check_token_range(tokens: Array, vocab_size: int) -> int | None:
     """The position of the first id that is not in 0..vocab_size-1, or None."""
     if tokens.size == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
@@ -81,7 +102,7 @@ def read_tokens(
     parts = []
     for index in range(len(source)):
         try:
-            parts.append(source.tokens(index))
+            parts.append(source.tokens(index, limits.max_length))
         except UserError as error:
             raise UserError(f"data[{index}].model_input {error}") from None
     lengths = np.array([part.size for part in parts], np.int64)
@@ -122,6 +143,7 @@ def _read_column(
             if tensor is None:
                 parts.append(None)
                 continue
+            check_width(tensor, limits)
             values, widths[index] = tensor.as_rows(int(lengths[index]), room)
             room -= values.size
             parts.append(_as_dtype(values, name))

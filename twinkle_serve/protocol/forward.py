@@ -5,7 +5,7 @@ Knows the two encodings of the envelope. Does not know who may train what, nor h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +137,17 @@ def _config_value(value: Any) -> object:
 
 
 class _ProtoData:
-    def __init__(self, data: Any) -> None:
-        self._data = list(data)
+    """``data``: the message's own field. A list of it would have an object for each datum, however many a
+    body of nothing but empty ones has, before anybody counts them."""
+
+    def __init__(self, data: Sequence[Any]) -> None:
+        self._data = data
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def tokens(self, index: int) -> Array:
-        return text_tokens_from_proto(self._data[index].model_input)
+    def tokens(self, index: int, max_chunks: int) -> Array:
+        return text_tokens_from_proto(self._data[index].model_input, max_chunks)
 
     def tensor(self, index: int, name: str) -> WireTensor | None:
         inputs = self._data[index].loss_fn_inputs
@@ -159,8 +162,8 @@ class _JsonData:
     def __len__(self) -> int:
         return len(self._data)
 
-    def tokens(self, index: int) -> Array:
-        return text_tokens_from_json(self._field(index, "model_input"))
+    def tokens(self, index: int, max_chunks: int) -> Array:
+        return text_tokens_from_json(self._field(index, "model_input"), max_chunks)
 
     def tensor(self, index: int, name: str) -> WireTensor | None:
         inputs = self._field(index, "loss_fn_inputs")

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from twinkle_serve.protocol.batch import DatumLimits, DatumSource, check_count, check_values, read_tokens
+from twinkle_serve.protocol.batch import (
+    DatumLimits,
+    DatumSource,
+    check_count,
+    check_values,
+    check_width,
+    read_tokens,
+)
 from twinkle_serve.protocol.data import Column, DatumBatch
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.loss_graph import MAX_NODE_RUNS, LossGraph
@@ -36,7 +43,11 @@ def assemble_for_graph(source: DatumSource, graph: LossGraph, limits: DatumLimit
         parts, widths, room = [], np.zeros(len(lengths), np.int32), limits.max_elements
         for index, length in enumerate(lengths.tolist()):
             try:
-                values, widths[index] = _rows(source.tensor(index, name), name, rank, length, room)
+                tensor = source.tensor(index, name)
+                if tensor is None:
+                    raise UserError("is missing; the loss reads it")
+                check_width(tensor, limits)
+                values, widths[index] = _rows(tensor, name, rank, length, room)
             except UserError as error:
                 raise UserError(f"data[{index}].loss_fn_inputs.{name} {error}") from None
             room -= values.size
@@ -47,12 +58,8 @@ def assemble_for_graph(source: DatumSource, graph: LossGraph, limits: DatumLimit
     return DatumBatch(tokens, lengths, columns)
 
 
-def _rows(
-    tensor: WireTensor | None, name: str, rank: int, length: int, max_elements: int
-) -> tuple[Array, int]:
+def _rows(tensor: WireTensor, name: str, rank: int, length: int, max_elements: int) -> tuple[Array, int]:
     """A datum's values, flat, and their width."""
-    if tensor is None:
-        raise UserError("is missing; the loss reads it")
     # Without a shape it is a vector, or, with a single value, as good as a scalar.
     fits = len(tensor.shape) == rank or (not tensor.shape and rank == 1)
     if not fits:

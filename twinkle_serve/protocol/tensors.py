@@ -6,6 +6,7 @@ finiteness are batch.py's business. Errors are UserErrors without the field's na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class WireTensor:
         """Flat values of ``num_rows`` rows, and their width: 0 for [N], K for [N, K].
 
         Entries that CSR does not list are 0. Raises UserError when the shape is another, or when
-        a CSR tensor would be larger than ``max_elements``.
+        a CSR tensor would be larger than ``max_elements``, which is what the request has room for.
         """
         shape = self.shape or (self.values.size,)
         if len(shape) > 2:
@@ -55,7 +56,9 @@ class WireTensor:
         size = num_rows * max(1, width)
         if self.crow is not None:
             if size > max_elements:
-                raise UserError(f"has {size} elements when dense; at most {max_elements} are possible")
+                raise UserError(
+                    f"has {size} elements when dense; at most {max_elements} fit a request of this size"
+                )
             return self._densify(num_rows, width), width
         if self.values.size != size:
             raise UserError(f"has {self.values.size} values, but shape {list(shape)} needs {size}")
@@ -140,8 +143,9 @@ def numbers(values: Any, allow_float: bool = False) -> Array:
     return array
 
 
-def text_tokens_from_proto(chunks: Sequence[Any]) -> Array:
+def text_tokens_from_proto(chunks: Sequence[Any], max_chunks: float = math.inf) -> Array:
     """The tokens of a datum's text chunks, end to end: int32 [N]."""
+    _check_chunks(len(chunks), max_chunks)
     parts = []
     for position, chunk in enumerate(chunks):
         kind = chunk.WhichOneof("value")
@@ -151,12 +155,13 @@ def text_tokens_from_proto(chunks: Sequence[Any]) -> Array:
     return _read(parts[0] if len(parts) == 1 else b"".join(parts), np.dtype("<i4"))
 
 
-def text_tokens_from_json(model_input: Any) -> Array:
+def text_tokens_from_json(model_input: Any, max_chunks: float = math.inf) -> Array:
     """The tokens of ``{"chunks": [...]}``, end to end: int64 [N]. Old clients send no chunk type, so a
     chunk is told by its keys."""
     chunks = model_input.get("chunks") if isinstance(model_input, dict) else None
     if not isinstance(chunks, list):
         raise UserError("has no list of chunks")
+    _check_chunks(len(chunks), max_chunks)
     parts = []
     for position, chunk in enumerate(chunks):
         if not isinstance(chunk, dict) or "tokens" not in chunk:
@@ -166,6 +171,11 @@ def text_tokens_from_json(model_input: Any) -> Array:
         except UserError as error:
             raise UserError(f"chunks[{position}].tokens {error}") from None
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _check_chunks(num_chunks: int, max_chunks: float) -> None:
+    if num_chunks > max_chunks:
+        raise UserError(f"has {num_chunks} chunks; at most {max_chunks} are possible, one for each token")
 
 
 def _json_kind(chunk: Any) -> str | None:
