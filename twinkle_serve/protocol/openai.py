@@ -26,6 +26,8 @@ from twinkle_serve.protocol.sample import (
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the end of the context
 MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 2048
+"""Of a request with several prompts, n of each: an answer is written whole."""
 
 
 class StreamOptions(Lenient):
@@ -129,6 +131,11 @@ class Completion(_Request):
             raise UserError("prompt is empty")
         if self.stream and len(self.prompts) > 1:
             raise UserError("stream: one prompt at a time is possible")
+        num_prompts = len(self.prompts)
+        if num_prompts > 1 and num_prompts * self.n > MAX_CHOICES:
+            raise UserError(
+                f"prompt is a list of {num_prompts} and n is {self.n}; their product is {MAX_CHOICES} at most"
+            )
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:

@@ -14,10 +14,10 @@ from tests.gateway.scripted import ScriptedBackend
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import NotFound, Poll
 from twinkle_serve.gateway.app import create_app
-from twinkle_serve.gateway.openai import following
+from twinkle_serve.gateway.openai import completions, following
 from twinkle_serve.gateway.openai.tokenizer import ModelText
 from twinkle_serve.protocol.data import SampleDelta, SampledSequence, SampleRequest, SampleResult, TopK
-from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.errors import BackendUnavailable, UserError
 from twinkle_serve.protocol.work import Failure
 
 EOS = 299
@@ -307,10 +307,28 @@ async def test_text_that_cannot_fit_is_refused_before_it_is_turned_into_tokens(
         ("/completions", {"prompt": long}),
         ("/completions", {"prompt": ["x", long]}),
         ("/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("/chat/completions", {"messages": [{"role": long, "content": ""}]}),
+        ("/chat/completions", {"messages": [{"role": "user", "name": long}]}),
+        ("/chat/completions", {"chat_template_kwargs": {"tools": [{"function": long}]}}),
     ):
         answer = await client.post(path, json=CHAT | fields)
         assert answer.status_code == 400
         assert "characters; this model's context of" in answer.json()["error"]["message"]
+
+
+async def test_a_chat_has_fewer_messages_than_the_context_has_tokens(client: httpx.AsyncClient) -> None:
+    body = CHAT | {"messages": [{"role": "user", "content": ""}] * 201}
+    answer = await client.post("/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "201 messages; this model's context holds 200" in answer.json()["error"]["message"]
+
+
+def test_variables_of_a_template_that_are_nested_too_deeply_are_named() -> None:
+    value: Any = 1
+    for _ in range(10**5):
+        value = [value]
+    with pytest.raises(UserError, match="chat_template_kwargs are nested too deeply"):
+        completions._num_characters({"a": value})
 
 
 async def test_calls_of_tools_are_refused(client: httpx.AsyncClient) -> None:

@@ -65,6 +65,18 @@ def test_templates_have_the_usual_helpers(tokenizer_directory: Path, tmp_path: P
         text.encode_chat([{"role": "tool", "content": ""}], {})
 
 
+def test_what_a_template_makes_too_long_is_not_encoded(
+    tokenizer_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for _ in range(1000) %}{{ messages[0].content }}{% endfor %}"
+    text = with_template(tokenizer_directory, tmp_path / "m", template)
+    talk = [{"role": "user", "content": "ab"}]
+    assert text.encode_chat(talk, {}, 2000) == text.encode_chat(talk, {})
+    monkeypatch.setattr(ModelText, "_encode", lambda *_, **__: pytest.fail("it was encoded"))
+    with pytest.raises(UserError, match=r"2000 characters in this model's chat template; .* at most 1999"):
+        text.encode_chat(talk, {}, 1999)
+
+
 @pytest.mark.parametrize(
     "attack",
     [

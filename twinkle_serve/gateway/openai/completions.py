@@ -6,7 +6,8 @@ Knows the way from a body to an answer. The JSON of answers is in answers.py and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -39,7 +40,7 @@ async def completions(request: Request, call: Authenticated) -> Response:
     target, text = await _open(request, call, body.model)
     for prompt in body.prompts:
         if isinstance(prompt, str):
-            _check_length("prompt", len(prompt), text, call.limits_of(target.info))
+            _check_length("prompt has", len(prompt), text, call.limits_of(target.info))
     prompts = await asyncio.to_thread(
         lambda: [text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     )
@@ -52,20 +53,35 @@ async def chat(request: Request, call: Authenticated) -> Response:
     body.check()
     target, text = await _open(request, call, body.model)
     messages = [message.as_dict() for message in body.messages]
-    length = sum(len(message["content"]) for message in messages)
-    _check_length("messages", length, text, call.limits_of(target.info))
-    prompt = await asyncio.to_thread(text.encode_chat, messages, body.chat_template_kwargs)
+    variables, limits = body.chat_template_kwargs, call.limits_of(target.info)
+    if len(messages) > limits.max_length:
+        raise UserError(
+            f"there are {len(messages)} messages; this model's context holds {limits.max_length} tokens"
+        )
+    length = sum(len(value) for message in messages for value in message.values())
+    most = _check_length("messages have", length, text, limits)
+    _check_length("chat_template_kwargs have", _num_characters(variables), text, limits)
+    prompt = await asyncio.to_thread(text.encode_chat, messages, variables, most)
     return await _answer(request, call, target, text, body, ChatShape(), [prompt])
 
 
-def _check_length(field: str, num_characters: int, text: ModelText, limits: SampleLimits) -> None:
-    """Before it is turned into tokens, which takes time. Raises UserError."""
+def _check_length(what: str, num_characters: int, text: ModelText, limits: SampleLimits) -> int:
+    """Before it is turned into tokens, which takes time. Returns the limit. Raises UserError."""
     most = limits.max_length * text.longest_token
     if num_characters > most:
         raise UserError(
-            f"{field} has {num_characters} characters; this model's context of {limits.max_length} tokens "
+            f"{what} {num_characters} characters; this model's context of {limits.max_length} tokens "
             f"holds at most {most}"
         )
+    return most
+
+
+def _num_characters(variables: Mapping[str, Any]) -> int:
+    """Raises UserError."""
+    try:
+        return len(json.dumps(variables))
+    except RecursionError:
+        raise UserError("chat_template_kwargs are nested too deeply") from None
 
 
 async def _open(request: Request, call: Call, model: str) -> tuple[Target, ModelText]:
@@ -95,7 +111,7 @@ async def _answer(
         events = _events(call, target, requests[0], answer, body.stream_options.include_usage)
         return await EventStream.opened(events)
     async with submitted(call, target, requests) as request_ids:
-        results = await asyncio.gather(*(finished(call, request, each) for each in request_ids))
+        results = await finished(call, request, request_ids)
     return reply(answer(request_ids[0]).whole(results, [len(prompt) for prompt in prompts]))
 
 

@@ -62,14 +62,32 @@ async def _cancel(call: Call, request_ids: Sequence[str]) -> None:
             await call.backend.cancel(call.tenant, request_id)
 
 
-async def finished(call: Call, request: Request, request_id: str) -> SampleResult:
-    """Raises UserError, SampleFailed, BackendUnavailable, or HungUp when the client is gone."""
+async def finished(call: Call, request: Request, request_ids: Sequence[str]) -> list[SampleResult]:
+    """All of them, in this order. Raises UserError, SampleFailed, BackendUnavailable, or HungUp when the
+    client is gone; the first of these is the end of all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_finished(call, request_id)) for request_id in request_ids]
+            watch = group.create_task(_watch(request))
+            results = [await task for task in tasks]
+            watch.cancel()
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return results
+
+
+async def _finished(call: Call, request_id: str) -> SampleResult:
     while True:
-        poll = await call.backend.poll(call.tenant, request_id, _LOOK_EVERY_S)
+        poll = await call.backend.poll(call.tenant, request_id, call.gateway.config.http.poll_hold_s)
         if poll.state != "pending":
             return await _result(call, poll)
-        if await request.is_disconnected():
-            raise HungUp("the client is gone")
+
+
+async def _watch(request: Request) -> None:
+    """Once for all that a request asks for: each of its polls is held for as long as there is no news."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(_LOOK_EVERY_S)
+    raise HungUp("the client is gone")
 
 
 async def followed(call: Call, request_id: str) -> AsyncIterator[tuple[SampleDelta, ...] | SampleResult]:

@@ -7,6 +7,7 @@ transformers. Does not know requests or what is sampled.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -51,8 +52,14 @@ class ModelText:
         """Tokens of plain text, with what the tokenizer puts before every text (a BOS, maybe)."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
-        """Tokens of a conversation up to where the model answers. Raises UserError."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        variables: Mapping[str, Any],
+        max_characters: float = math.inf,
+    ) -> list[int]:
+        """Tokens of a conversation up to where the model answers. max_characters: in the template's form,
+        which may have more of them than it was given. Raises UserError."""
         if self._template is None:
             raise UserError("this model has no chat template; use /v1/completions")
         try:
@@ -61,6 +68,11 @@ class ModelText:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"this model's chat template refuses these messages: {error}") from None
+        if len(text) > max_characters:
+            raise UserError(
+                f"messages have {len(text)} characters in this model's chat template; its context holds at "
+                f"most {max_characters}"
+            )
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
