@@ -131,6 +131,12 @@ def test_an_adapter_larger_than_the_pool_is_refused() -> None:
         pool(8).check(state(9))
 
 
+@pytest.mark.parametrize(("device", "taken"), [("cpu", False), ("meta", True)])
+def test_a_device_s_memory_is_taken_before_training_fills_it(device: str, taken: bool) -> None:
+    made = vars(AdapterPool(LAYOUT, 8, torch.device(device), torch.bfloat16))
+    assert [name in made for name in ("_weights", "_compute")] == [taken, taken]
+
+
 def test_large_batches_are_not_merged() -> None:
     store = pool()
     adapters = [store.put(state(8, seed=seed)) for seed in range(2)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine.conftest import EngineFactory
 from tests.engine.sampling import PROMPT, assert_logprobs, assert_nothing_left, dense, drain, trained
@@ -22,8 +23,10 @@ from tests.engine.ticks import (
     snapshot,
     value,
 )
+from twinkle_serve.engine.adapter_pool import Pooled
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
+from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import AdapterRef, Outcome, Sample, Tick, TickReport
@@ -228,6 +231,32 @@ def test_a_dropped_snapshot_is_gone_but_running_samples_finish(moe: Engine) -> N
     refused = run(moe, samples=(make_sample("late", PROMPT, ref),), decode_budget_s=60)["late"]
     assert refused.failure is not None
     assert "gone" in refused.failure.message
+
+
+def test_an_adapter_that_cannot_be_placed_fails_one_sample_and_holds_up_nobody(
+    moe: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = trained(moe, 0, LoraSpec(rank=4, seed=2), "unplaced")
+    failures = [torch.OutOfMemoryError("planted")]
+    put = moe._adapters.pool.put
+
+    def full_once(state: AdapterState) -> Pooled:
+        if failures:
+            raise failures.pop()
+        return put(state)
+
+    monkeypatch.setattr(moe._adapters.pool, "put", full_once)
+    samples = (
+        make_sample("before", PROMPT, max_tokens=3),
+        make_sample("full", PROMPT, ref, max_tokens=3),
+        make_sample("again", PROMPT, ref, max_tokens=3),
+    )
+    found = run(moe, samples=samples, decode_budget_s=9)
+    failure = found["full"].failure
+    assert failure is not None
+    assert failure.category == "server"
+    assert "planted" not in failure.message
+    assert [len(value(found[name]).sequences[0].tokens) for name in ("before", "again")] == [3, 3]
 
 
 def test_a_missing_checkpoint_is_refused_without_its_path(moe: Engine, tmp_path: Path) -> None:

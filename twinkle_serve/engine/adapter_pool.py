@@ -117,10 +117,12 @@ class AdapterPool:
         self._dtype = dtype
         self._placed: list[Pooled] = []  # by first row
         self._views: dict[tuple[int, int], Views] = {}
+        if device.type != "cpu":
+            _ = self._compute  # now, while there is room: training will fill the device
 
     @cached_property
     def _weights(self) -> torch.Tensor:
-        # Made when the first adapter comes; torch.zeros leaves pages untouched on the CPU.
+        # On a CPU made when the first adapter comes: memory that nobody samples with is left to others.
         return torch.zeros(self._num_rows, self._layout.row_size, device=self._device)
 
     @cached_property
@@ -129,7 +131,7 @@ class AdapterPool:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole pool, which is made when the first adapter comes."""
+        """Of the whole pool, made or not."""
         width = 4 + (0 if self._dtype == torch.float32 else self._dtype.itemsize)
         return self._num_rows * self._layout.row_size * width
 

@@ -16,7 +16,7 @@ from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import read_state
 from twinkle_serve.protocol.work import AdapterRef
-from twinkle_serve.storage.checkpoints import STATE_SUFFIX, CheckpointError
+from twinkle_serve.storage.checkpoints import STATE_SUFFIX
 
 
 class SampleAdapters:
@@ -36,11 +36,12 @@ class SampleAdapters:
 
         The same on all ranks, which ask for the same adapters in the same order: their pools never differ.
         Raises PoolFull while adapters in use leave no room, KeyError for a snapshot that is gone, what
-        AdapterPool.check and load_adapter raise, and RankLost.
+        AdapterPool.check and load_adapter raise, RankLost, and what putting it there may raise once the
+        device is full.
         """
         found = self._at_hand.get(ref.adapter)
         if found is None:
-            found = self._place(self._read(ref))
+            found = self._place(self._shares.ranks.alike(partial(self._read, ref)))
             self._at_hand[ref.adapter] = found
         self._at_hand.move_to_end(ref.adapter)
         self._users[found.first] += 1
@@ -65,25 +66,27 @@ class SampleAdapters:
     def _place(self, state: AdapterState) -> Pooled:
         while True:
             try:
-                return self.pool.put(state)
+                return self._put(state)
             except PoolFull:
                 idle = next((name for name, p in self._at_hand.items() if not self._users[p.first]), None)
                 if idle is None:
                     raise
                 self.drop(idle)
 
-    def _read(self, ref: AdapterRef) -> AdapterState:
-        """What may be put into the pool, on all ranks or on none: before any of them has made room for it."""
-        state, error = None, None
+    def _put(self, state: AdapterState) -> Pooled:
+        placed: list[Pooled] = []
         try:
-            state = self._read_own(ref)
-            self.pool.check(state)
-        except (ValueError, KeyError, OSError, CheckpointError) as raised:
-            error = raised
-        for failure in self._shares.ranks.everyone(error):
-            if failure is not None:
-                raise failure
-        assert state is not None
+            self._shares.ranks.alike(lambda: placed.append(self.pool.put(state)))
+        except Exception:
+            for pooled in placed:  # here, but not on a peer
+                self.pool.remove(pooled)
+            raise
+        return placed[0]
+
+    def _read(self, ref: AdapterRef) -> AdapterState:
+        """What may be put into the pool: known on all ranks before any of them has made room for it."""
+        state = self._read_own(ref)
+        self.pool.check(state)
         return state
 
     def _read_own(self, ref: AdapterRef) -> AdapterState:

@@ -188,7 +188,7 @@ class Sampler:
                 assert self._running, "an adapter that fits the pool was refused by an unused one"
                 self._pool_is_full = True
                 return
-            except (ValueError, KeyError, OSError, CheckpointError) as error:
+            except Exception as error:  # whatever it is, the next step would meet it again
                 self._waiting.popleft()
                 yield refusal(job.sample, error)
                 continue
@@ -389,6 +389,10 @@ def _outcome(job: Job) -> Outcome:
 
 
 def refusal(sample: Sample, error: Exception) -> Outcome:
+    """The answer to a sample that cannot begin."""
+    if not isinstance(error, ValueError | KeyError | OSError | CheckpointError):
+        logger.error("sample %s failed", sample.request_id, exc_info=error)
+        return Outcome(sample.request_id, failure=Failure("internal error while sampling", "server"))
     logger.info("sample %s refused: %r", sample.request_id, error)
     # What else is wrong with a checkpoint names a path, which is not the user's to know.
     message = (

@@ -88,6 +88,20 @@ def spoil(place: RankPlace, config: ModelConfig, slot: int) -> None:
         engine.base.shares.own(engine.pool.blocks(slot)[0])[0, 0] = torch.nan
 
 
+def fail_in_put(place: RankPlace, config: ModelConfig, rank: int) -> None:
+    """Let the next adapter that ``rank`` puts into its pool find the device full."""
+    pool = engine_of(place, config)._adapters.pool
+    if place.rank != rank:
+        return
+
+    def full(state: AdapterState) -> Any:
+        pool._gap(state.spec.rank)  # another one may have to go first
+        del pool.put  # type: ignore[method-assign]
+        raise torch.OutOfMemoryError("planted")
+
+    pool.put = full  # type: ignore[method-assign]
+
+
 def fail_in_loss(place: RankPlace, rank: int) -> None:
     """Let the next loss that ``rank`` computes raise what no loss should."""
     if place.rank != rank:

@@ -199,6 +199,19 @@ def test_a_refusal_on_one_rank_leaves_both_pools_alike(both: BothFactory, tmp_pa
         assert (found["x"].failure is None) == (turn == 0)
 
 
+def test_an_adapter_that_one_rank_cannot_place_is_placed_by_none(both: BothFactory) -> None:
+    pair = both("expert_parallel", max_rank=8, sampler=SamplerConfig(adapter_slots=1))
+    pair.create([LoraSpec(8, 0), LoraSpec(8, 1)])
+    pair.run(snapshots=(Snapshot("s0", 0, "one"), Snapshot("s1", 1, "other")))
+    samples = [make_sample(name, [1, 2], AdapterRef(name), max_tokens=4, seed=1) for name in ("one", "other")]
+    pair.crew.run(remote.fail_in_put, pair.config, 1)
+    failure = on_crew(pair, samples=samples[:1], decode_budget_s=60.0)["one"].failure
+    assert failure is not None
+    assert failure.category == "server"
+    for turn in (0, 1, 0):
+        pair.run(samples=(samples[turn],), decode_budget_s=60.0)
+
+
 @ways
 def test_from_a_checkpoint_on_disk(both: BothFactory, sharding: str, tmp_path: Path) -> None:
     pair = both(sharding)

@@ -149,6 +149,20 @@ class Ranks:
         self.exchange(None, error)
         return result  # type: ignore[return-value]
 
+    def alike(self, action: Callable[[], T]) -> T:
+        """Every rank's own ``action``. What it raises on one is raised on all: the lowest rank's error
+        if there are several, and PeerFailed if it cannot be sent. Alone, its own error."""
+        if self.size == 1:
+            return action()
+        result, error = _attempt(action)
+        sent = error
+        if error is not None and not _travels(error):
+            sent = PeerFailed(f"rank {self.rank}: {type(error).__name__}: {error}")
+        for failure in self.everyone(sent):
+            if failure is not None:
+                raise failure from error
+        return result  # type: ignore[return-value]
+
     def on_first(self, action: Callable[[], T]) -> T | None:
         """``action`` on the first rank alone, None elsewhere. What it raises is raised on all ranks."""
         if self.size == 1:

@@ -29,7 +29,6 @@ from twinkle_serve.engine.sharding.ranks import RankLost
 from twinkle_serve.engine.slots import Adapter
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.work import AdapterRef, Outcome, Progress, Sample
-from twinkle_serve.storage.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,9 @@ class SharedSampler(Sampler):
             except PoolFull:
                 self._pool_is_full = True
                 return
-            except (ValueError, KeyError, OSError, CheckpointError) as raised:
+            except RankLost:
+                raise
+            except Exception as raised:
                 error = raised
         if member.owner != self._ranks.rank:
             return
