@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
+    SeedOssConfig,
 )
 
 from twinkle_serve.config import ModelConfig
@@ -154,6 +155,16 @@ SMALL = {
 }
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 32,
+}
+LAYERED = {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -190,6 +201,27 @@ def test_an_architecture_that_we_would_get_wrong_is_refused(
 def test_relatives_of_the_named_families_load(config: Any, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert load(tmp_path).layout.row_size > 0  # its logits were compared while it was loaded
+
+
+@pytest.mark.parametrize("config", [LONGROPE, LAYERED], ids=["one", "by layer"])
+def test_rotations_that_look_at_the_whole_pass_are_refused(
+    config: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """One tenant's long sequence would change what another one's short one gives."""
+    directory = edited(tiny_llama, tmp_path / "m", rope_parameters=config)
+    with pytest.raises(UnsupportedModel, match="longrope"):
+        base_model._read_config(directory)
+
+
+def test_activation_checkpointing_switches_no_dropout_on(tmp_path: Path) -> None:
+    config = SeedOssConfig(**SMALL, head_dim=8)
+    assert config.residual_dropout > 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    base = load(tmp_path, activation_checkpointing=True)
+    expected = packed_logits(load(tmp_path), [[5, 7, 11], [1]])
+    for _ in range(2):
+        torch.testing.assert_close(packed_logits(base, [[5, 7, 11], [1]]), expected)
+    assert all(layer.gradient_checkpointing and layer.training for layer in base.model.base_model.layers)
 
 
 def test_missing_weights_are_an_os_error(tiny_llama: Path, tmp_path: Path) -> None:

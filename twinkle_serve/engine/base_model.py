@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine import attention, experts
@@ -165,10 +166,9 @@ def load_base_model(config: ModelConfig, directory: Path, ranks: Ranks | None = 
     probe = _probe_tokens(model)
     expected = sharding.reference_logits(model, probe)
     base = prepare(model, config, directory, device, dtype, sharding)
-    _verify(base, probe, expected)
     if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints only in training mode; there is no dropout to switch on
+        _checkpoint_activations(model)
+    _verify(base, probe, expected)
     if ranks.size > 1:
         _rehearse(base)
     return base
@@ -297,7 +297,26 @@ def _read_config(directory: Path) -> object:
     for switch in _UNSERVED_SWITCHES:
         if getattr(config, switch, None) is not None:
             raise UnsupportedModel(f"{directory}: {switch} is not served")
+    if "longrope" in _rope_types(config):
+        # transformers chooses one set of factors for a whole pass, by the longest of all sequences in it.
+        raise UnsupportedModel(f"{directory}: rope_type 'longrope' is not served")
     return config
+
+
+def _rope_types(config: object) -> set[str]:
+    """One for the whole model, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {
+        each.get("rope_type", "") for each in (parameters, *parameters.values()) if isinstance(each, dict)
+    }
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """transformers asks each layer whether it is being trained; inside it that would switch dropout on."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
