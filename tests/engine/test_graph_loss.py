@@ -286,7 +286,16 @@ def test_what_takes_long_counts_for_more() -> None:
 
     leaf = torch.full((4,), -1.5).requires_grad_()
     graph_loss(graph_of(*nodes("exp")), leaf, [[leaf.detach()]])
-    assert "as much as 32000 elements" in refused(*nodes("lgamma"))
+    for name in ("lgamma", "var"):
+        assert "as much as 32000 elements" in refused(*nodes(name))
+
+
+def test_rolls_count_their_shifts() -> None:
+    x, shifts = torch.ones(10, 7), [1] * 64
+    assert num_elements("method", "roll", [x, 3, 0], {}) == 70
+    assert num_elements("method", "roll", [x, shifts, [0] * 64], {}) == 64 * 70
+    assert num_elements("function", "roll", [x], {"shifts": tuple(shifts), "dims": (0,) * 64}) == 64 * 70
+    assert num_elements("function", "roll", [], {"input": x, "shifts": shifts, "dims": [0] * 64}) == 64 * 70
 
 
 def test_products_count_their_multiplications() -> None:

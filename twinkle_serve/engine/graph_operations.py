@@ -47,10 +47,12 @@ MATH_FUNCTIONS: Mapping[str, Callable[..., Any]] = {name: getattr(math, name) fo
 
 _TENSOR_OPERATORS = OPERATORS - {"getitem", "matmul"}
 _PRODUCTS = frozenset({"matmul", "mm", "mv", "bmm"})
-# Those that take at least five times as long as an exponential and its gradient.
+# Those that take at least five times as long as an exponential and its gradient, the last four over a
+# dimension of two.
 _LASTING = frozenset(
     {"sort", "argsort", "topk", "median", "lgamma", "digamma", "logcumsumexp", "cumprod"}
     | {"fmod", "remainder", "mod", "float_power"}
+    | {"var", "std", "norm", "cosine_similarity"}
 )
 _LONG = 8
 
@@ -84,7 +86,14 @@ def num_elements(kind: str, name: str, args: Sequence[Any], kwargs: Mapping[str,
         return _elementwise(name, tensors)
     if name in GROWING:
         return _grown(name, args, kwargs, tensors)
-    return max((volume(tensor.shape) for tensor in tensors), default=1)
+    times = _num_shifts(args, kwargs) if name == "roll" else 1
+    return times * max((volume(tensor.shape) for tensor in tensors), default=1)
+
+
+def _num_shifts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """torch rolls by one shift after the other."""
+    shifts = args[1] if len(args) > 1 else kwargs.get("shifts", 1)
+    return max(1, len(shifts)) if isinstance(shifts, list | tuple) else 1
 
 
 def _elementwise(name: str, tensors: Sequence[torch.Tensor]) -> int:
