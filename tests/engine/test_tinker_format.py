@@ -167,3 +167,44 @@ def test_no_code_and_no_auto_map_comes_along(tiny_moe: Path, tmp_path: Path) -> 
     merge_adapter(base, peft, tmp_path / "merged")
     assert "auto_map" not in (tmp_path / "merged" / "config.json").read_text()
     assert not (tmp_path / "merged" / "evil.py").exists()
+
+
+def test_a_tied_base_that_also_stores_its_unembedding_is_untied(tmp_path: Path) -> None:
+    """Loaders that believe the configuration would leave the merged unembedding out."""
+    base = build_tiny_llama(tmp_path, tie_word_embeddings=True)
+    peft, _ = adapters(base, tmp_path)
+    merge_adapter(base, peft, tmp_path / "expected")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    merge_adapter(base, peft, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "merged"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_only_the_model_s_own_weights_come_along(tiny_moe: Path, tmp_path: Path, sharded: bool) -> None:
+    peft, _ = adapters(tiny_moe, tmp_path)
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    model.save_pretrained(base, max_shard_size="200KB" if sharded else "5GB")
+    merge_adapter(base, peft, tmp_path / "expected")
+    own = sorted(path.name for path in (tmp_path / "expected").iterdir())
+    assert ("model.safetensors.index.json" in own) == sharded
+    save_file({"tok_embeddings.weight": torch.ones(2)}, base / "consolidated.safetensors")
+    for name in ("params.json", "consolidated.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (base / name).write_text("{}")
+    merge_adapter(base, peft, tmp_path / "merged")
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == own
+    for name in own:
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+def test_a_base_without_its_weight_file_is_refused_by_name(tiny_moe: Path, tmp_path: Path) -> None:
+    peft, _ = adapters(tiny_moe, tmp_path)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((tiny_moe / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"base has no model\.safetensors"):
+        merge_adapter(base, peft, tmp_path / "merged")

@@ -21,13 +21,15 @@ from safetensors import safe_open
 
 from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
 from twinkle_serve.engine.sharding.families import Family, Part, family_of
+from twinkle_serve.engine.sharding.files import INDEX, SINGLE
 
 _PREFIX = "base_model.model."
-_INDEX = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj")
 # Configuration, tokenizer and chat template; never code.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
+# About weights that do not come along: indices, and the configuration of Mistral's own consolidated file.
+_LEFT = ("*.index.json", "params.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
         unused = delta.unused
         if unused:
             raise ValueError(f"the base model has no tensor for {unused[0]} and {len(unused) - 1} more")
-        _copy_rest(base, output, index, untied=any(s.result == _HEAD != s.name for s in sources))
+        _copy_rest(base, output, index, untied=delta.touches(_HEAD))
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
@@ -67,17 +69,24 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
 
 def _sources(base: Path, delta: _Delta) -> Iterator[_Source]:
     """Every tensor of the result; a tied unembedding that the adapter changes gets a tensor of its own."""
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{base.name} has no safetensors files")
     names: dict[str, Path] = {}
-    for file in files:
+    for file in _weight_files(base):
+        if not file.is_file():
+            raise ValueError(f"{base.name} has no {file.name}")
         with safe_open(file, "pt") as tensors:
             names |= dict.fromkeys(tensors.keys(), file)
     for name, file in names.items():
         yield _Source(name, name, file)
     if delta.touches(_HEAD) and _HEAD not in names:
         yield _Source(_EMBEDDING, _HEAD, names[_EMBEDDING])
+
+
+def _weight_files(base: Path) -> list[Path]:
+    """Those that transformers would load; others may lie beside them, with the same weights once more."""
+    if not (base / INDEX).is_file():
+        return [base / SINGLE]
+    listed = json.loads((base / INDEX).read_bytes())["weight_map"]
+    return [base / name for name in sorted(set(listed.values()))]
 
 
 class _Delta:
@@ -171,7 +180,7 @@ def _header_of(path: Path) -> dict[str, Any]:
 def _copy_rest(base: Path, output: Path, index: Mapping[str, str], untied: bool) -> None:
     for pattern in _COPIED:
         for path in base.glob(pattern):
-            if path.is_file() and path.name != _INDEX:
+            if path.is_file() and not any(path.match(left) for left in _LEFT):
                 shutil.copyfile(path, output / path.name)
     config = json.loads((base / "config.json").read_bytes())
     config.pop("auto_map", None)
@@ -181,4 +190,4 @@ def _copy_rest(base: Path, output: Path, index: Mapping[str, str], untied: bool)
     if len(set(index.values())) > 1:
         size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
         document = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
-        (output / _INDEX).write_text(json.dumps(document, indent=1) + "\n")
+        (output / INDEX).write_text(json.dumps(document, indent=1) + "\n")
