@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -292,3 +293,54 @@ def test_a_scratch_directory_of_the_caller_s_is_the_caller_s(tiny_llama: Path, t
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Engine(ModelConfig(name="m", path=str(tmp_path / "nowhere")))
+
+
+def test_a_run_comes_back_though_there_was_no_disk_for_its_page(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the pages should be")
+    config = ModelConfig(name="tiny", path=str(tiny_llama), num_threads=1, host_page_bytes=0)
+    engine = Engine(config, tmp_path)
+    create(engine, 0, LoraSpec(rank=4, seed=1), moved=True)
+    forward_backward(engine, 0, batch_of(1, 5))
+    before = blocks(engine, 0)
+    page_out(engine, 0, "run0")
+    assert not engine.pool.is_occupied(0)
+    page_in(engine, 1, "run0")
+    assert same(blocks(engine, 1), before)
+    engine.close()
+
+
+def test_a_checkpoint_of_a_rank_that_is_not_served_is_refused_by_name(
+    moe: Engine, engine_for: EngineFactory, tiny_moe: Path, tmp_path: Path
+) -> None:
+    create(moe, 0, LoraSpec(rank=8, seed=1), moved=True)
+    value(run(moe, saves=(SaveAdapter("s", 0, str(tmp_path / "c"), True, {}),))["s"])
+    smaller = engine_for(tiny_moe, max_rank=4)
+    failure = run(smaller, loads=(LoadAdapter("l", "run", 0, str(tmp_path / "c"), True),))["l"].failure
+    assert failure is not None
+    assert (failure.category, failure.message) == ("user", "rank 8; this server serves at most 4")
+    assert not smaller.pool.is_occupied(0)
+
+
+def test_a_lost_device_ends_the_rank_and_nobody_hears_that_it_failed(
+    moe: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(moe, 0, LoraSpec(rank=4, seed=1), moved=True)
+    before = moe.pool.state(0)
+
+    def lost(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(moe.base.model.base_model, "forward", lost)
+        patched.setattr(moe.pool, "clear_grads", lost)
+        patched.setattr(moe.pool, "state", lost)
+        ticks: list[dict[str, Any]] = [
+            {"passes": (make_pass("pass", 0, batch_of(1, 5)),), "microbatches": ((Piece(0, (0,)),),)},
+            {"saves": (SaveAdapter("save", 0, str(tmp_path / "c"), True, {}),)},
+        ]
+        for fields in ticks:
+            outcomes: list[object] = []
+            with pytest.raises(torch.AcceleratorError):
+                outcomes.extend(moe.run(Tick(1, **fields)))
+            assert outcomes == []
+    assert torch.equal(moe.pool.state(0).weights, before.weights)

@@ -150,3 +150,17 @@ def test_a_disk_that_takes_no_more_costs_only_the_newcomer(tmp_path: Path) -> No
     assert "second" not in store
     assert store.get("first") is first
     assert (store.host_bytes, store.disk_bytes) == (first.num_bytes(), 0)
+
+
+def test_what_the_disk_cannot_take_overflows_into_host_memory_until_it_can(tmp_path: Path) -> None:
+    obstacle = tmp_path / "pages"
+    obstacle.write_text("a file where the directory should be")
+    store = PageStore(obstacle, 0, overflows=True)
+    for key in range(2):
+        store.put(f"{key}", state(key))
+    assert (store.host_bytes, store.disk_bytes) == (2 * state(0).num_bytes(), 0)
+    obstacle.unlink()
+    store.put("2", state(2))
+    assert (store.host_bytes, store.disk_bytes) == (0, 3 * state(0).num_bytes())
+    for key in range(3):
+        assert_same(store.pop(f"{key}"), state(key))

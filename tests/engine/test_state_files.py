@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import StateWriter, pack_state, read_state
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import AdapterRef, OptimStep, PageOut, PersistRun, RestoreRun, Snapshot
-from twinkle_serve.storage.checkpoints import CheckpointDamagedError, CheckpointMissingError
+from twinkle_serve.storage.checkpoints import CheckpointDamagedError, CheckpointMissingError, write_file
 
 SPEC = LoraSpec(4, seed=3)
 
@@ -51,6 +53,18 @@ def test_any_damage_is_noticed(tmp_path, where):
         read_state(tmp_path / "file")
     with pytest.raises(CheckpointMissingError):
         read_state(tmp_path / "nothing")
+
+
+def test_one_changed_byte_of_the_header_is_damage_or_nothing(tmp_path):
+    """Never another error, which would end a group of ranks."""
+    before = AdapterState(SPEC, torch.ones(4, 2), step=1)
+    data = pack_state(before)
+    path = tmp_path / "file"
+    for where in range(8 + int.from_bytes(data[:8], "little")):
+        for bits in (1, 4, 0x0F, 0x20, 0x80):
+            path.write_bytes(data[:where] + bytes([data[where] ^ bits]) + data[where + 1 :])
+            with contextlib.suppress(CheckpointDamagedError):
+                assert same(read_state(path), before), (where, bits)
 
 
 def test_the_writer_keeps_the_order_and_tells_what_went_wrong(tmp_path):
@@ -114,7 +128,30 @@ def test_a_damaged_file_leaves_the_slot_free(moe, tmp_path):
     path.write_bytes(b"nonsense")
     outcome = run(moe, restores=(RestoreRun("restore", "run0", 1, str(path)),))["restore"]
     assert outcome.failure is not None
+    assert outcome.failure.category == "user"
     assert not moe.pool.is_occupied(1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (AdapterState(LoraSpec(8), torch.zeros(8, 2464)), "rank 8; this server serves at most 4"),
+        (AdapterState(LoraSpec(4), torch.zeros(4, 50)), "of this base model it would be [4, "),
+        (None, "the directory of saved runs is not there"),
+    ],
+    ids=["rank", "layout", "directory"],
+)
+def test_a_run_that_does_not_fit_in_now_is_no_damaged_one(engine_for, tiny_moe, tmp_path, saved, words):
+    """It will, once the configuration is as it was: what is kept of it has to stay."""
+    path = tmp_path / "states" / "state.safetensors"
+    if saved is not None:
+        write_file(path, pack_state(saved))
+    engine = engine_for(tiny_moe, max_rank=4)
+    failure = run(engine, restores=(RestoreRun("restore", "run0", 1, str(path)),))["restore"].failure
+    assert failure is not None
+    assert failure.category == "server"
+    assert words in failure.message
+    assert not engine.pool.is_occupied(1)
 
 
 def test_a_snapshot_can_be_sampled_from_its_file(moe, tmp_path):

@@ -31,7 +31,7 @@ from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler
 from twinkle_serve.engine.sharding.place import RankPlace
-from twinkle_serve.engine.sharding.ranks import PeerFailed, RankLost, Ranks
+from twinkle_serve.engine.sharding.ranks import PeerFailed, Ranks, ends_rank
 from twinkle_serve.engine.sharding.sampler import SharedSampler
 from twinkle_serve.engine.slots import AdapterState, SlotPool
 from twinkle_serve.engine.state_files import StateWriter, read_state
@@ -61,6 +61,9 @@ from twinkle_serve.storage.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_TOLD = (ValueError, OSError, CheckpointError)
+"""Of what goes wrong with a file: what ``_answer`` tells the client more of than that it is our fault."""
+
 
 class Engine:
     """One rank's base model with its training slots and its sampler.
@@ -88,7 +91,7 @@ class Engine:
             self.base.layout, config.max_resident_adapters, config.max_rank, self.base.device, self.base.dtype
         )
         self._trainer = Trainer(self.base, self.pool)
-        self._pages = PageStore(scratch / "runs", config.host_page_bytes)
+        self._pages = PageStore(scratch / "runs", config.host_page_bytes, overflows=True)
         self._states = StateWriter()
         self._snapshots = PageStore(scratch / "snapshots", config.host_page_bytes)
         num_rows = config.sampler.adapter_slots * config.max_rank
@@ -153,7 +156,7 @@ class Engine:
         for move in moves:
             self._move(move)
         for restore in tick.restores:
-            yield self._answer(restore.request_id, partial(self._restore, restore))
+            yield self._answer(restore.request_id, partial(self._restore, restore), "server")
         for create in tick.creates:
             yield self._answer(create.request_id, partial(self.pool.create, create.slot, create.spec))
         for load in tick.loads:
@@ -193,40 +196,39 @@ class Engine:
             if move.slot is not None:
                 self.pool.free(move.slot)
 
-    def _answer(self, request_id: str, action: Callable[[], Any]) -> Outcome:
+    def _answer(self, request_id: str, action: Callable[[], Any], fault: str = "user") -> Outcome:
         """The outcome of one action: what is wrong with a checkpoint is the user's to know, a bug is not.
 
-        Among several ranks an error that they do not share leaves them in different places of a tick, and
-        the group has to end.
+        fault: whose a ValueError is. Among several ranks an error that they do not share leaves them in
+        different places of a tick, and the group has to end.
         """
         try:
             return Outcome(request_id, action())
-        except RankLost:
-            raise
         except CheckpointError as error:
             logger.error("request %s: %s", request_id, error)  # names a path, not the user's to know
             return Outcome(request_id, failure=Failure("the checkpoint is missing or damaged"))
         except ValueError as error:
-            return Outcome(request_id, failure=Failure(str(error)))
+            return Outcome(request_id, failure=Failure(str(error), fault))
         except OSError as error:
             logger.error("request %s: %s", request_id, error)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             what = "the server's disk is full; nothing was saved" if full else f"disk error: {error.strerror}"
             return Outcome(request_id, failure=Failure(what, "server"))
         except Exception as error:
-            if self.ranks.size > 1 and not isinstance(error, PeerFailed):
+            if ends_rank(error) or (self.ranks.size > 1 and not isinstance(error, PeerFailed)):
                 raise
             logger.exception("request %s failed", request_id)
             return Outcome(request_id, failure=Failure("internal error while doing this request", "server"))
 
     def _load(self, item: LoadAdapter) -> None:
-        whole = self.ranks.on_first(partial(self._read_checkpoint, item))
+        whole = self.ranks.on_first(partial(self._read_checkpoint, item), _TOLD)
         state = self._shares.distribute(whole)
         self.pool.free(item.slot)
         self.pool.put(item.slot, state)
 
     def _read_checkpoint(self, item: LoadAdapter) -> AdapterState:
         state = load_adapter(item.directory, self._shares.whole, item.optimizer)
+        self._require_rank(state)
         if self.pool.is_occupied(item.slot):
             expected = self.pool.adapter(item.slot).spec
             if _shape(expected) != _shape(state.spec):
@@ -259,8 +261,26 @@ class Engine:
 
     def _restore(self, item: RestoreRun) -> None:
         reach("in replay")
-        whole = self.ranks.on_first(partial(read_state, item.path))
+        whole = self.ranks.on_first(partial(self._read_state, item.path), _TOLD)
         self.pool.put(item.slot, self._shares.distribute(whole))
+
+    def _read_state(self, path: str) -> AdapterState:
+        if not Path(path).parent.is_dir():
+            # Other than a file that is missing alone, this says nothing about the run.
+            raise FileNotFoundError(errno.ENOENT, "the directory of saved runs is not there", path)
+        state = read_state(path)
+        self._require_rank(state)
+        width = self._shares.whole.row_size
+        if state.weights.shape != (state.spec.rank, width):
+            raise ValueError(
+                f"the saved run is {list(state.weights.shape)}; of this base model it would be "
+                f"{[state.spec.rank, width]}"
+            )
+        return state
+
+    def _require_rank(self, state: AdapterState) -> None:
+        if state.spec.rank > self.pool.max_rank:
+            raise ValueError(f"rank {state.spec.rank}; this server serves at most {self.pool.max_rank}")
 
     def _persist(self, item: PersistRun) -> None:
         slot = item.slot

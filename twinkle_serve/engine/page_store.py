@@ -6,6 +6,7 @@ Knows AdapterStates by name. Does not know why one is here (a paged-out run or a
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.engine.state_files import pack_state, read_state
+
+logger = logging.getLogger(__name__)
 
 
 def new_page_directory(parent: Path | None) -> Path:
@@ -33,11 +36,15 @@ def new_page_directory(parent: Path | None) -> Path:
 
 
 class PageStore:
-    """States by key. ``directory`` is scratch space of one process: its files die with the store's owner."""
+    """States by key. ``directory`` is scratch space of one process: its files die with the store's owner.
 
-    def __init__(self, directory: Path, host_bytes: int) -> None:
+    overflows: keep in host memory, over the budget, what the disk cannot take; if not, ``put`` refuses it.
+    """
+
+    def __init__(self, directory: Path, host_bytes: int, *, overflows: bool = False) -> None:
         self._directory = directory
         self._budget = host_bytes
+        self._overflows = overflows
         self._host: OrderedDict[str, AdapterState] = OrderedDict()
         self._disk: dict[str, int] = {}
         self.host_bytes = 0
@@ -50,17 +57,19 @@ class PageStore:
         return key in self._host or key in self._disk
 
     def put(self, key: str, state: AdapterState) -> None:
-        """Raises OSError when the disk cannot take what has to go there; ``key`` is then not here, and all
-        others are."""
+        """Raises OSError when the disk cannot take what has to go there, unless this store overflows; ``key``
+        is then not here, and all others are."""
         self.drop(key)
         self._host[key] = state
         self.host_bytes += state.num_bytes()
         try:
             while self.host_bytes > self._budget:
                 self._spill(next(iter(self._host)))
-        except OSError:
-            self.drop(key)
-            raise
+        except OSError as error:
+            if not self._overflows:
+                self.drop(key)
+                raise
+            logger.error("paged adapters take %d bytes of host memory: %s", self.host_bytes, error)
 
     def get(self, key: str) -> AdapterState:
         """The state under ``key``, which stays here. Raises KeyError."""

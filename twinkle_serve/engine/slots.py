@@ -198,6 +198,10 @@ class SlotPool:
         return len(self._adapters)
 
     @property
+    def max_rank(self) -> int:
+        return self.weights.shape[1]
+
+    @property
     def weight_bytes(self) -> int:
         """Of the weights, and of their copy in the base model's type if that is another one."""
         return self.weights.nbytes + (0 if self._compute is self.weights else self._compute.nbytes)
@@ -274,7 +278,7 @@ class SlotPool:
 
     def _occupy(self, slot: int, spec: LoraSpec) -> None:
         assert self._adapters[slot] is None, f"slot {slot} is taken"
-        assert spec.rank <= self.weights.shape[1]
+        assert spec.rank <= self.max_rank
         rank = spec.rank
         self._adapters[slot] = Adapter(
             self.layout,

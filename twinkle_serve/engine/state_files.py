@@ -39,16 +39,21 @@ def read_state(path: str | Path, *, checked: bool = True) -> AdapterState:
     """The state in a file of ``pack_state``'s bytes. Raises CheckpointError if it is not whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata())
+            metadata = dict(file.metadata() or {})
             blocks: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointMissingError(f"{path} does not exist") from None
     except SafetensorError as error:
         raise CheckpointDamagedError(f"{path}: {error}") from None
-    if checked and metadata.get("digest") != _digest(blocks, metadata):
-        raise CheckpointDamagedError(f"{path} has changed since it was written: its digest differs")
-    spec = LoraSpec(**json.loads(metadata["spec"]))
-    return AdapterState(spec=spec, step=int(metadata["step"]), **blocks)
+    try:
+        if checked and metadata.get("digest") != _digest(blocks, metadata):
+            raise ValueError("its digest differs")
+        if any(block.dtype != torch.float32 for block in blocks.values()):
+            raise ValueError("its numbers are not float32")  # which the digest of their bytes does not see
+        spec = LoraSpec(**json.loads(metadata["spec"]))
+        return AdapterState(spec=spec, step=int(metadata["step"]), **blocks)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointDamagedError(f"{path} has changed since it was written: {error}") from None
 
 
 def _digest(blocks: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from twinkle_serve.engine.base_model import BaseModel
 from twinkle_serve.engine.sharding.division import divide
-from twinkle_serve.engine.sharding.ranks import RankLost, is_out_of_memory
+from twinkle_serve.engine.sharding.ranks import ends_rank, is_out_of_memory
 from twinkle_serve.engine.share import Report, Share
 from twinkle_serve.engine.slots import Adapter, SlotPool
 from twinkle_serve.faults import reach
@@ -118,9 +118,9 @@ class Trainer:
             involved = [states[piece.pass_index] for piece in pieces]
             try:
                 self._run(pieces, involved)
-            except RankLost:
-                raise
             except Exception as error:
+                if ends_rank(error):
+                    raise  # nobody may be told that a request failed that will be done again elsewhere
                 # Halving finds the one request or datum that cannot be done, and spares its neighbours.
                 num_datums = sum(len(piece.indices) for piece in pieces)
                 out_of_memory = is_out_of_memory(error)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twinkle_serve.engine.sharding.place import RankPlace
-from twinkle_serve.engine.sharding.ranks import PeerFailed, RankLost, Ranks, is_out_of_memory
+from twinkle_serve.engine.sharding.ranks import PeerFailed, RankLost, Ranks, ends_rank, is_out_of_memory
 from twinkle_serve.storage.checkpoints import CheckpointMissingError
 from twinkle_serve.testing.crew import Crew, crew
 
@@ -41,13 +41,15 @@ def fail_together(place: RankPlace, error: Exception | None) -> tuple[str, bool]
     return "", False
 
 
-def read_on_first(place: RankPlace, error: Exception | None) -> str:
+def read_on_first(
+    place: RankPlace, error: Exception | None, told: tuple[type[Exception], ...] = (Exception,)
+) -> str:
     def read() -> None:
         assert place.rank == 0
         raise error or Unpicklable(1, 2)
 
     try:
-        Ranks.join(place, CPU).on_first(read)
+        Ranks.join(place, CPU).on_first(read, told)
     except Exception as raised:
         return f"{type(raised).__name__}: {raised}"
     return ""
@@ -93,6 +95,25 @@ def test_what_the_first_rank_raises_is_raised_everywhere(two: Crew) -> None:
     for error in (ValueError("bad"), OSError(28, "full"), CheckpointMissingError("gone")):
         assert two.run(read_on_first, error) == [f"{type(error).__name__}: {error}"] * 2
     assert two.run(read_on_first, None) == ["PeerFailed: rank 0: Unpicklable: it is so"] * 2
+    # What the caller does not expect is the same for all: it may go on.
+    assert (
+        two.run(read_on_first, AssertionError("bug"), (ValueError,))
+        == ["PeerFailed: rank 0: AssertionError: bug"] * 2
+    )
+
+
+def test_what_a_rank_can_go_on_after() -> None:
+    illegal = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    full = torch.AcceleratorError("CUDA error: out of memory")
+    assert [ends_rank(error) for error in (illegal, RankLost(), full, ValueError())] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert [is_out_of_memory(error) for error in (illegal, full)] == [False, True]
+    with pytest.raises(torch.AcceleratorError):
+        Ranks(1, 2).exchange(None, illegal)  # says nothing to its peers, who will miss it
 
 
 def test_alone_nothing_is_sent() -> None:

@@ -47,7 +47,15 @@ def is_out_of_memory(error: Exception) -> bool:
         return error.out_of_memory
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory")  # by the CPU's allocator, and by a library on a GPU
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def ends_rank(error: Exception) -> bool:
+    """Whether nothing further can be done on this rank: a peer is gone, or its own device."""
+    if isinstance(error, torch.AcceleratorError):
+        return not is_out_of_memory(error)
+    return isinstance(error, RankLost)
 
 
 class Ranks:
@@ -131,7 +139,10 @@ class Ranks:
         return items[0]
 
     def exchange(self, item: T | None, error: Exception | None) -> list[T]:
-        """Each rank's item, by rank. If there is an error on one, PeerFailed is raised on all."""
+        """Each rank's item, by rank. If there is an error on one, PeerFailed is raised on all; if that
+        one cannot go on, its own error there, and its peers miss it."""
+        if error is not None and ends_rank(error):
+            raise error
         reports = self.everyone((item, None if error is None else _Trouble.of(error)))
         troubles = [(rank, trouble) for rank, (_, trouble) in enumerate(reports) if trouble is not None]
         if troubles:
@@ -163,12 +174,13 @@ class Ranks:
                 raise failure from error
         return result  # type: ignore[return-value]
 
-    def on_first(self, action: Callable[[], T]) -> T | None:
-        """``action`` on the first rank alone, None elsewhere. What it raises is raised on all ranks."""
+    def on_first(self, action: Callable[[], T], told: tuple[type[Exception], ...] = (Exception,)) -> T | None:
+        """``action`` on the first rank alone, None elsewhere. What it raises is raised on all ranks: as it is
+        if it is one of ``told`` and can be sent, else as PeerFailed. Alone, its own error."""
         if self.size == 1:
             return action()
         result, error = _attempt(action) if self.is_first else (None, None)
-        if error is not None and not _travels(error):
+        if error is not None and not (isinstance(error, told) and _travels(error)):
             error = PeerFailed(f"rank 0: {type(error).__name__}: {error}")
         error = self.of_first(error)
         if error is not None:
