@@ -2,6 +2,7 @@
 
 Builds SmolLM2-135M-Instruct if it is not there yet, starts `twinkle-serve up` on a free port, runs
 self_cognition.py against it in a second process, and fails unless the answer names the new identity.
+`python examples/demo.py OUTPUT --epochs 1` passes what comes after the directory on to self_cognition.py.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def build_model() -> str:
     return output.splitlines()[-1]
 
 
-def run_client(server: RunningServer, output: Path) -> list[str]:
+def run_client(server: RunningServer, output: Path, options: list[str]) -> list[str]:
     """Run the example as a user would, showing its output; returns its lines."""
     command = [sys.executable, str(HERE / "self_cognition.py"), "--base-url", server.url]
-    command += ["--model", MODEL, "--name", NAME, "--output", str(output)]
+    command += ["--model", MODEL, "--name", NAME, "--output", str(output), *options]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     lines = []
     client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -48,7 +49,7 @@ def run_client(server: RunningServer, output: Path) -> list[str]:
     return lines
 
 
-def main(output: Path) -> None:
+def main(output: Path, options: list[str]) -> None:
     output = output.absolute()
     os.chdir(REPOSITORY)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the server is stopped, too
@@ -61,7 +62,7 @@ def main(output: Path) -> None:
     with running_server(Path("deployments/local.yaml"), settings, log=output / "server.log") as server:
         print(f"ready at {server.url}, log in {server.log}", flush=True)
         print("== client: examples/self_cognition.py", flush=True)
-        lines = run_client(server, output)
+        lines = run_client(server, output, options)
     print(f"== done in {time.monotonic() - started:.0f} s")
     after = [line for line in lines if line.startswith("after:")]
     if not (after and NAME in after[0]):
@@ -69,4 +70,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output"), sys.argv[2:])

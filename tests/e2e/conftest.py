@@ -7,6 +7,7 @@ TWINKLE_PROXY=haproxy.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -82,3 +83,9 @@ def run_sdk_program() -> Callable[..., dict[str, Any]]:
         return seen
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sdk_program_seen(run_sdk_program: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """What the SDK program saw when it last ran so; it runs if it did not yet."""
+    return functools.cache(run_sdk_program)

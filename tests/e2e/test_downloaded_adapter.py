@@ -42,11 +42,11 @@ def test_a_downloaded_adapter_gives_the_same_logprobs_in_peft(
     name: str,
     fixture: str,
     server: RunningServer,
-    run_sdk_program: Callable[..., dict[str, Any]],
+    sdk_program_seen: Callable[..., dict[str, Any]],
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    seen = run_sdk_program(server.url, name)
+    seen = sdk_program_seen(server.url, name)
     (state,) = (path for path in seen["paths"] if "/weights/" in path)
     tinker("checkpoint", "download", state, "--output", str(tmp_path), url=server.url)
     (adapter,) = tmp_path.iterdir()

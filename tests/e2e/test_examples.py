@@ -66,7 +66,8 @@ def _evaluate(server: RunningServer, directory: Path, checkpoint: str) -> str:
 
 @pytest.mark.timeout(1200)
 def test_the_demo_teaches_a_real_model_its_name(smollm2: Path, tmp_path: Path) -> None:
-    said = run(EXAMPLES / "demo.py", tmp_path / "demo output", cwd=tmp_path)
+    options = ("--epochs", "1", "--batch-size", "4")
+    said = run(EXAMPLES / "demo.py", tmp_path / "demo output", *options, cwd=tmp_path)
     before, after = (
         next(line for line in said.splitlines() if line.strip().startswith(word))
         for word in ("before:", "after:")

@@ -17,9 +17,9 @@ KEY = "tml-e2e"  # of sdk_program.py
 
 
 async def test_requests_are_logged_by_all_who_touch_them(
-    server: RunningServer, run_sdk_program: Callable[..., dict[str, Any]]
+    server: RunningServer, sdk_program_seen: Callable[..., dict[str, Any]]
 ) -> None:
-    run_sdk_program(server.url, "llama")
+    sdk_program_seen(server.url, "llama")
     text = (server.log.parent / "server.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     tenant = tenant_hash((await OpenIdentity().identify({"x-api-key": KEY})).tenant)

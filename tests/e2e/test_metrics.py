@@ -25,9 +25,9 @@ def prometheus_text(server: RunningServer) -> str:
 
 
 def test_every_documented_metric_is_there_after_a_run(
-    server: RunningServer, run_sdk_program: Callable[..., dict[str, Any]]
+    server: RunningServer, sdk_program_seen: Callable[..., dict[str, Any]]
 ) -> None:
-    run_sdk_program(server.url, "moe")
+    sdk_program_seen(server.url, "moe")
     deadline = time.monotonic() + 90  # the service reports every five seconds, Ray every ten
     missing = {metric.exported for metric in METRICS}
     text = ""

@@ -24,8 +24,8 @@ def numbers(seen: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.7.0"])
 def test_an_old_release_sees_the_same(
-    version: str, server: RunningServer, models_root: Path, run_sdk_program: Callable[..., dict[str, Any]]
+    version: str, server: RunningServer, models_root: Path, sdk_program_seen: Callable[..., dict[str, Any]]
 ) -> None:
-    old = run_sdk_program(server.url, "llama", PYTHONPATH=str(sdk_release(models_root, version)))
-    new = run_sdk_program(server.url, "llama")
+    old = sdk_program_seen(server.url, "llama", PYTHONPATH=str(sdk_release(models_root, version)))
+    new = sdk_program_seen(server.url, "llama")
     assert numbers(old) == numbers(new)

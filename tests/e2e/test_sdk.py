@@ -14,9 +14,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=["moe", "llama"])
 def seen(
-    request: pytest.FixtureRequest, server: RunningServer, run_sdk_program: Callable[..., dict[str, Any]]
+    request: pytest.FixtureRequest, server: RunningServer, sdk_program_seen: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    return run_sdk_program(server.url, request.param)
+    return sdk_program_seen(server.url, request.param)
 
 
 def test_both_models_are_offered(seen: dict[str, Any]) -> None:

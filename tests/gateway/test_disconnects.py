@@ -24,6 +24,7 @@ import pytest
 
 from tests.gateway.inprocess import serving
 from twinkle_serve.config import Config
+from twinkle_serve.control import service
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.testing.server import free_port
 
@@ -57,11 +58,13 @@ def url(
     tree = {
         "models": [model | {"sampler": {"kv_cache_tokens": 32_768}}],
         "storage": {"root": str(tmp_path_factory.mktemp("store"))},
-        "http": {"port": free_port()},
+        "http": {"port": free_port(), "poll_hold_s": 2},
         "limits": {"sample_abandon_s": 2},
     }
-    with serving(Config.model_validate(tree), planes) as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(service, "_SWEEP_EVERY_S", 0.5)
+        with serving(Config.model_validate(tree), planes) as url:
+            yield url
 
 
 def remains(plane: ControlPlane) -> dict[str, Any]:
