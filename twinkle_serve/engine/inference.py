@@ -23,6 +23,7 @@ from twinkle_serve.engine.base_model import BaseModel
 from twinkle_serve.engine.frozen import product_into
 from twinkle_serve.engine.inference_mlp import Mlp, Projection, mlp_of
 from twinkle_serve.engine.norms import FrozenRMSNorm
+from twinkle_serve.engine.pulse import PULSE
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class Inference:
             attended = attend.rows(index, query, kv, layer.scale, layer.window)
             x = layer.out.add_to(x, attended, blocks)
             x = layer.mlp(x, layer.mlp_norm(x), blocks)
+            PULSE.beat()  # no module is called, so nothing else shows that a long prompt gets on
         return self._norm(x)
 
     def _project(
