@@ -81,6 +81,7 @@ async def test_a_row_shows_a_runs_numbers(browser: httpx.AsyncClient) -> None:
         ({"state": "asleep"}, "asleep", "休眠"),
         ({"state": "unloaded"}, "unloaded", "已卸载"),
         ({"state": "corrupted"}, "damaged", "已损坏"),
+        ({"state": "not_served"}, "base model not loaded", "基础模型未加载"),
     ],
 )
 async def test_states_in_words(

@@ -16,11 +16,12 @@ from tests.control.memory_journal import MemoryFiles, MemoryJournal
 from tests.control.plane import TENANT, Client, optim
 from tests.control.virtual_time import VirtualClock, virtual
 from twinkle_serve.config import Config
-from twinkle_serve.control.backend import NotFound, SaveCommand, SnapshotCommand
+from twinkle_serve.control.backend import LoadCommand, NotFound, SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.groups import group_names
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.data import LoraSpec
+from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.storage.catalog import Catalog
 
 FIRST, SECOND = "base", "base#2"
@@ -33,6 +34,8 @@ class World:
         self.root = root
         self.num_groups = num_groups
         self.num_sampling = 0
+        self.first_number = 1  # of the groups that are up at once; others come later
+        self.on_disk = False
         self.groups: dict[str, EchoGroup] = {}
         self.files: dict[str, Any] = {}
         self.stored: dict[str, Any] = {}
@@ -56,13 +59,14 @@ class World:
 
     def new_group(self) -> EchoGroup:
         group = EchoGroup(max_slots=4)
-        group.files, group.stored = self.files, self.stored
+        group.files, group.stored, group.on_disk = self.files, self.stored, self.on_disk
         return group
 
     @asynccontextmanager
     async def up(self) -> AsyncIterator[Client]:
         config = self.config(self.num_groups)
-        self.groups = {name: self.new_group() for name in group_names(config.models[0])}
+        names = group_names(config.models[0])[self.first_number - 1 :]
+        self.groups = {name: self.new_group() for name in names}
         self.journal = self.journal.opened()
         catalog = Catalog(self.root, None)
         durability = Durability(self.journal, MemoryFiles(self.files))
@@ -226,6 +230,27 @@ async def test_a_group_can_be_added_without_touching_the_others(world: World) ->
         assert world.groups[FIRST].rebuilds == 0
 
 
+@virtual
+async def test_a_run_that_the_journal_forgot_lives_where_its_checkpoint_was_loaded(world: World) -> None:
+    """When the first group comes later, the run is not looked for there for want of anything better."""
+    world.on_disk = True
+    async with world.up() as client:
+        run = await client.create()
+        path = (await client.do(run, 1, SaveCommand("weights", "n")))["path"]
+        session = client.session
+    world.journal, world.first_number = MemoryJournal(random.Random(0)), 2
+    async with world.up() as client:
+        client.session = session
+        loading = await client.submit(run, 2, LoadCommand(path, True))
+        assert world.home(run) == SECOND
+        assert (await client.plane.poll(TENANT, loading, 0)).state == "pending"
+        await client.result(loading)
+        world.groups[FIRST] = world.new_group()
+        client.plane.add_group(FIRST, world.groups[FIRST], world.config(2).models[0])
+        assert (await client.do(run, 3, optim()))["history"][-2:] == ("load", "optim 1")
+        assert world.has(SECOND) == {run}
+
+
 class TwoModels(World):
     """A deployment with a second base model, which may be missing when it is started again."""
 
@@ -284,6 +309,24 @@ async def test_runs_of_a_model_that_comes_later_are_taken_up_when_it_comes(tmp_p
 
 
 @virtual
+async def test_a_run_of_a_model_that_is_served_no_more_can_be_looked_at(tmp_path: Path) -> None:
+    world = TwoModels(tmp_path, 1)
+    async with world.up() as client:
+        await client.open()
+        run, gone = await client.create(0), await client.create(1)
+        await client.do(run, 1, pass_command("p0"))
+        await client.do(gone, 1, UnloadCommand())
+    world.served = ("other",)
+    async with world.up() as client:
+        listed, _ = await client.plane.list_runs(TENANT, 10, 0)
+        assert {each["training_run_id"] for each in listed} == {run, gone}
+        insight = await client.plane.run_insight(TENANT, run)
+        assert insight["status"]["state"] == "not_served"
+        assert "steps" in insight
+        assert (await client.plane.run_insight(TENANT, gone))["status"]["state"] == "unloaded"
+
+
+@virtual
 async def test_what_is_not_served_is_answered_with_what_is(world: World) -> None:
     async with world.up() as client:
         with pytest.raises(NotFound, match=r"'other' is not served here; there is: base$"):
@@ -338,3 +381,29 @@ async def test_checkpoints_are_sampled_in_the_group_that_only_samples(world: Wor
         sampler = await world.plane.create_sampler(TENANT, client.session, 0, None, path)
         assert await client.result(await client.sample(sampler)) == ("create",)
         assert sampled_in(world) == {SECOND}
+
+
+@virtual
+async def test_where_only_a_sampling_group_is_up_runs_wait_and_samples_do_not(world: World) -> None:
+    """A model that is added while others are served may get its sampling group first."""
+    async with world.up() as client:
+        run = await client.create()
+        waiting = await client.submit(run, 2, optim())  # seq_id 1 comes later
+        session = client.session
+    world.num_sampling, world.first_number = 1, 2
+    async with world.up() as client:
+        client.session = session
+        sampler = await world.plane.create_sampler(TENANT, client.session, 0, "base", None)
+        assert await client.result(await client.sample(sampler)) is not None
+        with pytest.raises(BackendUnavailable, match="no group of base that trains is up yet"):
+            await client.plane.create_model(TENANT, client.session, 1, "base", LoraSpec(8), {})
+        with pytest.raises(BackendUnavailable, match="no group of base that trains is up yet"):
+            await client.submit(run, 1, pass_command("p0"))
+        poll = await client.plane.poll(TENANT, waiting, 0)
+        assert (poll.state, poll.queue_reason) == ("pending", "the base model of this run is not loaded")
+        assert (await client.plane.run_insight(TENANT, run))["status"]["state"] == "not_served"
+        world.groups[FIRST] = world.new_group()
+        client.plane.add_group(FIRST, world.groups[FIRST], world.config(2).models[0])
+        await client.do(run, 1, pass_command("p0"))
+        assert (await client.result(waiting))["history"] == ("create", "p0", "optim 1")
+        assert await client.create(1) in world.has(FIRST)

@@ -57,6 +57,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "state_asleep": ("asleep", "休眠"),
     "state_unloaded": ("unloaded", "已卸载"),
     "state_corrupted": ("damaged", "已损坏"),
+    "state_not_served": ("base model not loaded", "基础模型未加载"),
     "position": ("position {position}", "排在第 {position} 位"),
     "position_seconds": ("position {position}, ~{seconds} s", "排在第 {position} 位，约 {seconds} 秒"),
     "requests_waiting": ("{count} requests waiting", "{count} 个请求等待中"),

@@ -14,6 +14,7 @@ from twinkle_serve.control.backend import NotFound
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.driver import GroupDriver
 from twinkle_serve.control.runs import Run
+from twinkle_serve.protocol.errors import BackendUnavailable
 
 Drivers = Mapping[str, GroupDriver]
 
@@ -37,15 +38,27 @@ def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
     return found
 
 
-def driver_of(drivers: Drivers, run: Run) -> GroupDriver:
-    """The run's own group. Raises NotFound if its base model is not served any more."""
-    return drivers.get(run.group) or groups_of(drivers, run.record.base_model)[0]
+def homes_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
+    """Those of them in which runs live. Raises NotFound, or BackendUnavailable if none of these has started
+    yet: a model that is added while others are served may get a group that only samples first."""
+    found = [driver for driver in groups_of(drivers, base_model) if not driver.samples_only]
+    if not found:
+        raise BackendUnavailable(f"no group of {base_model} that trains is up yet")
+    return found
+
+
+def driver_of(drivers: Drivers, run: Run) -> GroupDriver | None:
+    """The run's own group, or one where it could live. None if its base model is not served (any more)."""
+    try:
+        return drivers.get(run.group) or homes_of(drivers, run.record.base_model)[0]
+    except (NotFound, BackendUnavailable):
+        return None
 
 
 def place_run(books: Books, drivers: Drivers, run: Run) -> None:
     """Give the run a home: of the groups of its base model that are up, the one with the fewest runs that
-    somebody is there for. Raises NotFound."""
-    candidates = [d for d in groups_of(drivers, run.record.base_model) if not d.samples_only]
+    somebody is there for. Raises as ``homes_of``."""
+    candidates = homes_of(drivers, run.record.base_model)
     if len(candidates) > 1:
         runs = Counter(
             other.home

@@ -67,20 +67,24 @@ def _journal_lag(books: Books, keeper: Keeper | None) -> float:
     return 0.0 if accepted_at is None else max(0.0, books.clock.now() - accepted_at)
 
 
-def run_insight(books: Books, driver: GroupDriver, run: Run, curves: bool) -> dict[str, Any]:
-    """A run's numbers and, if asked for, its curves; and what it is doing."""
+def run_insight(books: Books, driver: GroupDriver | None, run: Run, curves: bool) -> dict[str, Any]:
+    """A run's numbers and, if asked for, its curves; and what it is doing. driver: None if its base model
+    is not served."""
     return {**books.watch.histories.of(run.run_id).view(curves), "status": _run_status(driver, run)}
 
 
-def _run_status(driver: GroupDriver, run: Run) -> dict[str, Any]:
-    """state: unloaded, corrupted, waiting (with position and seconds), gap (with the seq_id that is missing),
-    working, idle (in a slot), paged, or asleep (on disk or without an adapter)."""
+def _run_status(driver: GroupDriver | None, run: Run) -> dict[str, Any]:
+    """state: unloaded, corrupted, not_served (its base model), waiting (with position and seconds), gap (with
+    the seq_id that is missing), working, idle (in a slot), paged, or asleep (on disk or without an adapter).
+    """
     status: dict[str, Any] = {"num_waiting": len(run.log.ready) + len(run.log.parked)}
-    standing = driver.run_standing(run)
+    standing = None if driver is None else driver.run_standing(run)
     if run.record.unloaded:
         state = "unloaded"
     elif run.record.corrupted:
         state = "corrupted"
+    elif driver is None:
+        state = "not_served"
     elif driver.is_working_for(run.run_id):
         state = "working"
     elif standing is not None:

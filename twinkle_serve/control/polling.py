@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from twinkle_serve.control.backend import NotFound, Poll
+from twinkle_serve.control.backend import Poll
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.clock import Clock
 from twinkle_serve.control.driver import GroupDriver
@@ -68,22 +68,22 @@ class Polling:
         is_birth = isinstance(origin, tuple) and origin[0] == "run" and origin[2] == 0
         if is_birth and any(driver.is_full() for driver in drivers):
             return replace(poll, queue_state="paused_capacity", queue_reason=_FULL)
-        reason = self._standing(tenant, request_id)
+        reason = self._standing(tenant, request_id, drivers)
         return poll if reason is None else replace(poll, queue_state="paused_capacity", queue_reason=reason)
 
-    def _standing(self, tenant: str, request_id: str) -> str | None:
+    def _standing(self, tenant: str, request_id: str, drivers: list[GroupDriver]) -> str | None:
         """Where a request stands that waits for others, in words; None if it is being worked on."""
         run_id = self._books.promises.run_of(request_id)
         run = None if run_id is None else self._books.runs.find(run_id)
         if run is not None:
             if self._books.watch.is_running(request_id):
                 return None
-            standings = [self._drivers[run.group].run_standing(run)]
+            standings = [driver.run_standing(run) for driver in drivers]
             gap = gap_in_words(run, self._books.watch.seq_id_of(request_id))
             if gap is not None:
                 return gap
         else:
-            standings = [driver.sample_standing(tenant, request_id) for driver in self._drivers.values()]
+            standings = [driver.sample_standing(tenant, request_id) for driver in drivers]
         return next((in_words(*standing) for standing in standings if standing is not None), None)
 
     def _over_limit(self, tenant: str, request_id: str, origin: Any) -> Reason | None:
@@ -112,7 +112,5 @@ class Polling:
         run = self._books.runs.find(origin[1]) if isinstance(origin, tuple) and origin[0] == "run" else None
         if run is None:
             return list(self._drivers.values())
-        try:
-            return [driver_of(self._drivers, run)]
-        except NotFound:
-            return []
+        driver = driver_of(self._drivers, run)
+        return [] if driver is None else [driver]

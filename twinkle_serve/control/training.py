@@ -16,7 +16,7 @@ from twinkle_serve.control.backend import Command, Invalid, PassCommand, UnloadC
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.clock import Clock, Timer
 from twinkle_serve.control.commands import BirthCommand
-from twinkle_serve.control.groups import Drivers, driver_of, groups_of, place_run
+from twinkle_serve.control.groups import Drivers, homes_of, place_run
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.orders import check_loadable
 from twinkle_serve.control.runs import Run, run_id_for
@@ -61,7 +61,7 @@ class Training:
         spec: LoraSpec,
         user_metadata: Mapping[str, Any],
     ) -> str:
-        max_rank = groups_of(self._drivers, base_model)[0].group.info.max_rank
+        max_rank = homes_of(self._drivers, base_model)[0].group.info.max_rank
         if not 1 <= spec.rank <= max_rank:
             raise Invalid(f"lora_config.rank {spec.rank} is not between 1 and {max_rank}")
         birth = BirthCommand()
@@ -82,7 +82,7 @@ class Training:
         self._books.sessions.get(tenant, session_id)
         source = self._books.checkpoints.find(tenant, path)
         model = source.base_model if base_model is None else base_model
-        groups_of(self._drivers, model)
+        homes_of(self._drivers, model)
         try:
             check_loadable(source, model, optimizer)
         except UserError as error:
@@ -145,7 +145,8 @@ class Training:
         run = self._books.runs.usable(tenant, run_id, now)
         if run.record.corrupted:
             return self._accept.failed(tenant, run.down)  # its log may lack what others wait for
-        driver = driver_of(self._drivers, run)
+        if run.home is None:  # of an earlier life, and the journal has nothing of it
+            place_run(self._books, self._drivers, run)
         num_bytes = len(command.datums) if isinstance(command, PassCommand) else 0
         if not isinstance(command, UnloadCommand):  # which makes room
             self._accept.check_room()
@@ -159,7 +160,7 @@ class Training:
         failure = run.log.append(seq_id, request_id, command, now)
         if failure is not None:
             self._books.fail(request_id, failure)
-        driver.ready(run)
+        self._drivers[run.group].ready(run)
         self.watch_gap(run)
         return await self._accept.durable(request_id)
 
