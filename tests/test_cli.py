@@ -107,6 +107,19 @@ def test_print_config_can_be_read_again(config: Path, capsys: pytest.CaptureFixt
         assert load_config(printed) == load_config(config, ["http.port=8123"])
 
 
+def test_print_config_serve_keeps_a_tenants_limit_that_is_the_default(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left out, it would become the one that is said for all tenants."""
+    limits = {"tenant": {"live_runs": 4, "weight": 5}, "tenants": {"vip": {"live_runs": 256, "weight": 1.0}}}
+    config.write_text(yaml.safe_dump({"models": [{"name": "tiny", "path": "m"}], "limits": limits}))
+    assert main(["print-config", str(config), "--serve"]) == 0
+    printed = config.with_name("printed.yaml")
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(config)
+    assert load_config(printed).limits.of("vip").live_runs == 256
+
+
 def test_print_config_serve_is_what_ray_serve_takes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ray.serve.schema import ServeDeploySchema
 

@@ -200,6 +200,9 @@ def test_gpus_are_counted_against_ranks(model: Path, monkeypatch: pytest.MonkeyP
     two = [entry, entry | {"name": "other"}]
     (finding,) = (f for f in troubles(make(model, models=two)) if f.what == "gpus")
     assert "2 ranks" in finding.text
+    several = [entry | {"ranks": 2, "groups": 3, "sharding": "zero3"}]
+    (finding,) = (f for f in troubles(make(model, models=several)) if f.what == "gpus")
+    assert "6 ranks" in finding.text
 
 
 def test_a_hub_model_is_not_fetched(model: Path) -> None:

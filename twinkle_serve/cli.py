@@ -136,6 +136,9 @@ def print_config(config: Config, options: argparse.Namespace) -> None:
     """The whole configuration, or with --serve what differs from the defaults, as a deploy file."""
     if options.serve:
         changed = config.model_dump(mode="json", exclude_defaults=True)
+        if config.limits.tenants:
+            # Whole: what is left out of a tenant's limits is not the default but what limits.tenant says.
+            changed["limits"]["tenants"] = config.model_dump(mode="json")["limits"]["tenants"]
         tree = to_serve_file(changed | {"http": config.http.model_dump(mode="json")})
     else:
         tree = config.model_dump(mode="json")

@@ -187,7 +187,7 @@ def _devices(config: Config) -> Iterator[Finding]:
     gpus = gpu_names()
     for name in gpus:
         yield Finding("ok", "gpus", name)
-    needed = sum(model.ranks for model in config.models if model.device == "cuda")
+    needed = sum(model.ranks * model.groups for model in config.models if model.device == "cuda")
     if needed > len(gpus):
         text = f"{needed} ranks have device: cuda, but this machine has {len(gpus)} GPUs"
         yield Finding("warn", "gpus", f"{text}: the cluster's other nodes must have the rest")
