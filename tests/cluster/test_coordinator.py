@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from twinkle_serve.cluster import client as client_module
 from twinkle_serve.cluster import coordinator
 from twinkle_serve.cluster.client import CoordinatorClient, resolve
 from twinkle_serve.cluster.deployment import Deployment
-from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.config import Config, ModelConfig, RayConfig, StorageConfig
 from twinkle_serve.control.backend import Backend, Invalid, NotFound, OptimCommand, PassCommand, Poll
 from twinkle_serve.protocol.data import AdamParams, DatumBatch, ForwardResult, LoraSpec
@@ -50,16 +49,6 @@ async def _end() -> None:
     handle = coordinator.find()
     await handle.stop.remote()
     ray.kill(handle, no_restart=True)
-
-
-def _pids(title: bytes) -> list[int]:
-    """Processes below this one whose title holds this."""
-    found = []
-    for pid in descendants(os.getpid()):
-        with suppress(OSError):
-            if title in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
 
 
 async def _until(client: CoordinatorClient, true: Callable[[coordinator.Status], bool]) -> coordinator.Status:
@@ -139,9 +128,7 @@ async def test_large_results_travel_as_references(client: CoordinatorClient) -> 
 async def test_a_large_result_outlives_the_rank_that_made_it(client: CoordinatorClient) -> None:
     run_id = await _new_run(client.backend)
     unfetched = await client.backend.submit("t", run_id, 1, _command(floats=200_000))
-    await _answer(client.backend, await client.backend.submit("t", run_id, 2, _command()))
-    (pid,) = _pids(b"RankWorker") or _pids(b"rank 0 of tiny")
-    os.kill(pid, signal.SIGKILL)
+    os.kill(int(await _rank_pid(client.backend, run_id, 2)), signal.SIGKILL)
     await _answer(client.backend, await client.backend.submit("t", run_id, 3, _command()))
     poll = await _answer(client.backend, unfetched)
     assert (await resolve(poll.value)).logprobs.values.size == 200_000
@@ -152,7 +139,7 @@ async def test_a_coordinator_that_does_not_answer_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(client_module, "_PATIENCE_S", 0.2)
     run_id = await _new_run(client.backend)
-    (pid,) = _pids(b"Coordinator")
+    pid = await coordinator.find().__ray_call__.remote(lambda _: os.getpid())
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(BackendUnavailable, match="does not answer"):
