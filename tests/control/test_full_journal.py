@@ -166,7 +166,6 @@ async def test_what_a_run_without_an_adapter_was_asked_is_not_kept_for_ever(tmp_
         # It is as good as any that lost its adapter: with a checkpoint it goes on.
         await client.do(run, seq_id + 1, LoadCommand(good, False))
         assert await client.do(run, seq_id + 2, pass_command("a")) == ("create", "load", "a")
-        assert not plane._keeper.kept[run].snapshots
     async with store.opened(EchoGroup()) as plane:
         client = again(client, plane)
         assert (await client.failure(requests[0])).message == failure.message

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from twinkle_serve.control.backend import Invalid, NotFound, UnloadCommand
 from twinkle_serve.control.books import Books
@@ -19,6 +20,7 @@ from twinkle_serve.control.orders import Done, Orders, Place, Refused
 from twinkle_serve.control.planner import Window
 from twinkle_serve.control.residency import Placement, Residency
 from twinkle_serve.control.runs import Run
+from twinkle_serve.control.telling import proof_of
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.work import DropRun, Failure, Outcome, Sample, Tick
 
@@ -145,14 +147,14 @@ class Assembler:
                 try:
                     place = self._prepare(assembly, run, entry)
                 except Done as done:
-                    assembly.verdicts.append(Outcome(entry.request_id, done.value))
+                    _decide(assembly, entry, done.value)
                 except Refused as refused:
-                    assembly.verdicts.append(Outcome(entry.request_id, failure=refused.failure))
+                    _decide(assembly, entry, failure=refused.failure, of_the_run=refused.failure is run.down)
                 except (UserError, Invalid, NotFound) as error:
-                    assembly.verdicts.append(Outcome(entry.request_id, failure=Failure(str(error))))
+                    _decide(assembly, entry, failure=Failure(str(error)))
                 except Exception:
                     logger.exception("could not prepare request %s", entry.request_id)
-                    assembly.verdicts.append(Outcome(entry.request_id, failure=INTERNAL_ERROR))
+                    _decide(assembly, entry, failure=INTERNAL_ERROR)
                 else:
                     placed.setdefault(run.run_id, []).append(place)
         return placed
@@ -160,22 +162,28 @@ class Assembler:
     def _prepare(self, assembly: Assembly, run: Run, entry: RunEntry) -> Place:
         """As Orders.of."""
         if isinstance(entry.command, UnloadCommand):
-            self._unload(assembly, run, entry.request_id)
+            self._unload(assembly, run)
             raise Done({"model_id": run.run_id})
         return self._orders.of(assembly, run, entry)
 
-    def _unload(self, assembly: Assembly, run: Run, request_id: str) -> None:
-        try:
-            self._books.runs.unload(run)
-        except Exception:
-            self._books.fail(request_id, INTERNAL_ERROR)
-            if self._keeper is not None:
-                # The run lives on, and when it is recovered it must not be ended after all.
-                self._keeper.give_up(request_id)
-            raise
+    def _unload(self, assembly: Assembly, run: Run) -> None:
+        self._books.runs.unload(run)
         self._books.samplers.retire(run.run_id, keep=0)
         drop = self._residency.drop(run.run_id)
         if drop is not None:
             assembly.drops.append(drop)
         if self._keeper is not None:
             self._keeper.retire(run)
+
+
+def _decide(
+    assembly: Assembly,
+    entry: RunEntry,
+    value: Any = None,
+    failure: Failure | None = None,
+    of_the_run: bool = False,
+) -> None:
+    """of_the_run: the failure follows from what became of the run, as it will when that is done again."""
+    assembly.verdicts.append(Outcome(entry.request_id, value, failure))
+    if not of_the_run:
+        assembly.proofs[entry.request_id] = proof_of(entry.command)

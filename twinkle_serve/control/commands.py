@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from twinkle_serve.control.backend import (
     Command,
@@ -38,7 +39,14 @@ class RestoreCommand:
     covered: int
 
 
-RunCommand = Command | BirthCommand | RestoreCommand
+@dataclass(frozen=True, slots=True)
+class DoneCommand:
+    """Was done, and must not be done again: its answer. Only recovery puts this into a log."""
+
+    value: Any
+
+
+RunCommand = Command | BirthCommand | RestoreCommand | DoneCommand
 RunEntry = Entry[RunCommand]
 
 
@@ -46,24 +54,21 @@ class Stage(IntEnum):
     """How far one run has got within a tick; a tick does these in this order."""
 
     START = 0
-    LOAD = 1
-    PASS = 2
-    OPTIM = 3
-    SAVE = 4
-    CLOSED = 5
+    PASS = 1
+    OPTIM = 2
+    SAVE = 3
+    CLOSED = 4
 
 
 def next_stage(stage: Stage, command: RunCommand) -> Stage | None:
     """The run's stage once ``command`` joins its part of the tick, or None if it has to wait for the
     next tick because this one would execute it out of order."""
     match command:
-        case RejectedCommand():
+        case RejectedCommand() | DoneCommand():
             return stage
-        case BirthCommand() | RestoreCommand() | UnloadCommand():
-            # Alone: what follows must see whether there is an adapter at all.
+        case BirthCommand() | RestoreCommand() | LoadCommand() | UnloadCommand():
+            # Alone: what follows must see whether there is an adapter at all, or wait until that is sure.
             return Stage.CLOSED if stage is Stage.START else None
-        case LoadCommand():
-            return Stage.LOAD if stage <= Stage.LOAD else None
         case PassCommand():
             return Stage.PASS if stage <= Stage.PASS else None
         case OptimCommand():

@@ -17,8 +17,9 @@ from twinkle_serve.control.assembly import Assembler
 from twinkle_serve.control.backend import LoadCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.commands import BirthCommand, RunEntry
-from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight
+from twinkle_serve.control.flights import Assembly, Flight
 from twinkle_serve.control.group import Group, GroupLost
+from twinkle_serve.control.inflight import InFlight
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Planner, Window
 from twinkle_serve.control.quotas import Places, Reason
@@ -27,6 +28,7 @@ from twinkle_serve.control.residency import Residency
 from twinkle_serve.control.runs import Run
 from twinkle_serve.control.sharing import DecodeCredit
 from twinkle_serve.control.suspects import Suspects
+from twinkle_serve.control.telling import GIVEN_UP, note
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample, Tick, TickReport
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,6 @@ _MAX_DECODE_BUDGET_S = 0.2
 _MIN_DECODE_BUDGET_S = 0.001
 _RETRY_S = 5.0
 _SAVE_POLL_S = 0.02
-_SILENT = Failure("the workers gave no answer to this request", "server")
 _CANCELLED = Failure("cancelled", "user")
 
 Recover = Callable[["GroupDriver", GroupLost], Awaitable[None]]
@@ -84,9 +85,9 @@ class GroupDriver:
         books.watch.add_group(replace(group.info, name=self.name), config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
         self._decode_credit = DecodeCredit(config.sampler.share)
-        self._flights: dict[str, Flight] = {}
-        self._num_sequences = 0
-        self._num_silent_reports = 0
+        self._flights = InFlight(books, keeper, self._suspects, self.wake)
+        if keeper is not None:
+            keeper.wakes[self.name] = self.wake
         self._cancels: list[str] = []
         self._page_bytes = config.host_page_bytes + config.disk_page_bytes
         self._reported: Mapping[str, float] = {}
@@ -101,7 +102,7 @@ class GroupDriver:
     @property
     def num_sequences(self) -> int:
         """Samples that are decoded or wait for it."""
-        return self._num_sequences + len(self._queue)
+        return self._flights.num_sequences + len(self._queue)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._loop())
@@ -141,7 +142,8 @@ class GroupDriver:
         return self.books.quotas.too_fast(tenant) if self._queue.has(tenant, request_id) else None
 
     def wake(self) -> None:
-        """Something that is no command needs a tick (a snapshot to drop)."""
+        """Something that is no command needs a tick (a snapshot to drop), or a command may start that had to
+        wait."""
         self._event.set()
 
     def park(self, run: Run) -> None:
@@ -156,12 +158,7 @@ class GroupDriver:
         self.residency.lose_all()
         self._assembler.lose_all()
         self._cancels.clear()
-        for flight in [*self._flights.values(), *(flight for _, flight in self._queue.drain())]:
-            flight.on_lost()
-            if flight.num_sequences:
-                self.books.promises.lose(flight.request_id)
-        self._flights.clear()
-        self._num_sequences = 0
+        self._flights.lose(flight for _, flight in self._queue.drain())
 
     def _give_up_the_guilty(self) -> None:
         origins = [(request_id, self.books.promises.run_of(request_id)) for request_id in self._flights]
@@ -170,7 +167,7 @@ class GroupDriver:
             logger.error("request %s is given up: the group died each time it was tried", guilty)
             run = self.books.runs.find(self.books.promises.run_of(guilty) or "")
             if self.books.promises.is_pending(guilty):
-                self._keeper.give_up(guilty)
+                note(self._keeper, Outcome(guilty, failure=GIVEN_UP))
             elif run is not None:
                 corrupt(self._keeper, run, "the workers died each time they tried to do it again")
 
@@ -184,14 +181,7 @@ class GroupDriver:
         self._assembler.lose_all()
         self.books.samplers.lose_snapshots(self.name)
         self._cancels.clear()
-        for flight in [*self._flights.values(), *(flight for _, flight in self._queue.drain())]:
-            flight.on_failure(failure)
-            if flight.num_sequences:
-                self.books.promises.lose(flight.request_id)
-            else:
-                self.books.fail(flight.request_id, failure)
-        self._flights.clear()
-        self._num_sequences = 0
+        self._flights.abandon((flight for _, flight in self._queue.drain()), failure)
 
     # the loop -------------------------------------------------------------------------------------
 
@@ -221,37 +211,41 @@ class GroupDriver:
                 self.books.watch.tick_began(self.name, tick, window)
                 if tick.saves and self._keeper is not None:
                     await self._keeper.still_ours()
-                await self._run(tick)
+                await self._run(tick, assembly)
         except Exception:
             logger.exception("a tick of %s failed", self.name)
             if tick is None:
-                self._flights.update(assembly.flights)  # nothing of it was sent, so nothing is settled yet
-            self._fail(window, assembly)
+                self._flights.add(assembly.flights)  # nothing of it was sent, so nothing is settled yet
+            self._flights.fail(window, assembly)
         finally:
             self.planner.finished(self.books.clock.now())
-        self._settle_rest(assembly, tick)
-        if self.lost is None and not window.work and not self._num_sequences:
+        if self._keeper is not None:
+            self._keeper.ticked(self.name, {})  # one that needed no group, or sent no report, is over too
+        self._flights.settle_rest(assembly)
+        for request_id in tick.cancels if tick is not None else ():
+            self._flights.settle(Outcome(request_id, failure=_CANCELLED))
+        self._flights.settle_verdicts(assembly)
+        if self.lost is None and not window.work and not self._flights.num_sequences:
             await self._wait(self._next_look(window))
 
     def _assemble(self, window: Window, assembly: Assembly) -> Tick | None:
         samples = []
-        for sample, flight in self._queue.take(self._num_sequences, self.books.quotas.too_fast):
+        for sample, flight in self._queue.take(self._flights.num_sequences, self.books.quotas.too_fast):
             self.books.quotas.spend(sample.tenant, sample.request.prompt.size)
             samples.append(sample)
             assembly.flights[flight.request_id] = flight
-            self._num_sequences += flight.num_sequences
-        self._flights.update(assembly.flights)
+        self._flights.add(assembly.flights)
         cancels, self._cancels = self._cancels, []
         budget = self._decode_budget(window)
         tick = self._assembler.assemble(assembly, window, samples, cancels, budget, bool(self._flights))
-        self._flights.update(assembly.flights)
+        self._flights.add(assembly.flights)
         return tick
 
-    async def _run(self, tick: Tick) -> None:
+    async def _run(self, tick: Tick, assembly: Assembly) -> None:
         try:
             async for message in self.group.run(tick):
                 if isinstance(message, Outcome):
-                    self._settle(message)
+                    self._flights.settle(message)
                 elif isinstance(message, Progress):
                     self.books.promises.advance(message.request_id, message.deltas)
                 else:
@@ -260,6 +254,7 @@ class GroupDriver:
             logger.error("the group of %s is lost: %s", self.name, lost)
             self.lost = lost
             self.books.watch.tick_lost(self.name)
+            self._flights.settle_verdicts(assembly)  # they stand, and what was decided is not done again
             await self._recover_for_sure(lost)
 
     async def _recover_for_sure(self, lost: GroupLost) -> None:
@@ -270,38 +265,6 @@ class GroupDriver:
             except Exception:
                 logger.exception("recovery of %s failed; it is tried again in %g s", self.name, _RETRY_S)
                 await self._pause(_RETRY_S)
-
-    def _settle(self, outcome: Outcome) -> None:
-        flight = self._flights.pop(outcome.request_id, None)
-        if flight is None:
-            return  # given up before, or cancelled
-        self._num_sequences -= flight.num_sequences
-        self._suspects.settled(flight.request_id)
-        if flight.outlives_tick:
-            self._event.set()  # a load may have waited for this save
-        self.books.watch.result(outcome)
-        try:
-            if outcome.failure is not None:
-                flight.on_failure(outcome.failure)
-                self.books.fail(flight.request_id, outcome.failure)
-            else:
-                self.books.resolve(flight.request_id, flight.on_value(outcome.value), outcome.num_bytes)
-        except Exception:
-            logger.exception("could not take note of the outcome of request %s", flight.request_id)
-            self.books.fail(flight.request_id, INTERNAL_ERROR)
-
-    def _settle_rest(self, assembly: Assembly, tick: Tick | None) -> None:
-        """What is left of a tick that is over: verdicts, cancelled samples, requests without an answer."""
-        for request_id, flight in assembly.flights.items():
-            if not flight.outlives_tick:
-                self._settle(Outcome(request_id, failure=_SILENT))
-        for request_id in tick.cancels if tick is not None else ():
-            self._settle(Outcome(request_id, failure=_CANCELLED))
-        for verdict in assembly.verdicts:
-            if verdict.failure is not None:
-                self.books.fail(verdict.request_id, verdict.failure)
-            else:
-                self.books.resolve(verdict.request_id, verdict.value)
 
     def gauges(self) -> dict[str, float]:
         """What the group held after its last tick, in its own words, and which runs are where."""
@@ -327,7 +290,7 @@ class GroupDriver:
 
     def is_working_for(self, run_id: str) -> bool:
         """Whether something of the run is in the tick that runs, or being saved."""
-        return any(self.books.promises.run_of(request_id) == run_id for request_id in self._flights)
+        return self._flights.any_of(run_id)
 
     def is_full(self) -> bool:
         """Whether the paged adapters have used up their budget, so that a new run has to wait."""
@@ -342,25 +305,12 @@ class GroupDriver:
         was_full, self._reported = self.is_full(), report.gauges
         if was_full and not self.is_full():
             self._event.set()  # for the runs that wait to be created
-        # A sample that no rank decodes any more and that got no answer would keep us ticking for ever.
-        silent = report.active_samples == 0 and self._num_sequences > 0
-        self._num_silent_reports = self._num_silent_reports + 1 if silent else 0
-        if self._num_silent_reports == 2:
-            for flight in [f for f in self._flights.values() if f.num_sequences]:
-                self._settle(Outcome(flight.request_id, failure=_SILENT))
-
-    def _fail(self, window: Window, assembly: Assembly) -> None:
-        """A bug, ours or the group's, met this tick: its requests fail, the others go on."""
-        for request_id in assembly.flights:
-            self._settle(Outcome(request_id, failure=INTERNAL_ERROR))
-        for work in window.work:
-            for entry in work.entries:
-                self.books.fail(entry.request_id, INTERNAL_ERROR)
+        self._flights.heard(report)
 
     # timing ---------------------------------------------------------------------------------------
 
     def _decode_budget(self, window: Window) -> float:
-        if not self._num_sequences:
+        if not self._flights.num_sequences:
             return 0.0
         if window.company_until is not None:
             left = window.company_until - self.books.clock.now()
@@ -401,8 +351,9 @@ class GroupDriver:
         logger.warning("the group of %s is up again", self.name)
 
     def _must_wait(self, entry: RunEntry) -> bool:
-        """A load waits for a save to the same path that is still being written, a new run for a place, and
-        what would take its tenant above a limit until it does not."""
+        """A load waits for a save to the same path that is still being written, what follows a load until a
+        snapshot has that, a new run for a place, and what would take its tenant above a limit until it does
+        not."""
         if isinstance(entry.command, BirthCommand) and self.is_full():
             return True
         match entry.command:
@@ -414,6 +365,8 @@ class GroupDriver:
             return False
         run = self.books.runs.find(run_id)
         assert run is not None
+        if self._keeper is not None and self._keeper.is_unsure(run):
+            return True
         over_limit = self.books.quotas.reason_to_wait(run, entry.command, self._places) is not None
         return over_limit or self._suspects.must_wait(run_id)
 

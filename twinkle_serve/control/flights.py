@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from twinkle_serve.control.microbatches import Load
@@ -28,6 +29,15 @@ from twinkle_serve.protocol.work import (
 INTERNAL_ERROR = Failure("internal error in the control plane; the server's log has the details", "server")
 
 
+class Proof(Enum):
+    """What must be on disk before a client may read a request's outcome: see telling.py."""
+
+    NOTHING = "nothing"
+    FAILURE = "a note of its failure"
+    OUTCOME = "a note of its outcome"
+    SNAPSHOT = "a note of its failure, or a snapshot that has what it did"
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -46,14 +56,15 @@ class Flight:
 
     on_value: takes note of success and turns the group's value into the client's. on_failure: takes note.
     on_lost: frees what it holds; the group died, and whether the request is done again is not said here.
-    outlives_tick: its outcome may come with a later tick (saves and samples). sample: it is one, of
-    ``num_sequences``; if it gets lost the client may simply submit it again.
+    proof: what its answer has to wait for. outlives_tick: its outcome may come with a later tick (saves and
+    samples). sample: it is one, of ``num_sequences``; if it gets lost the client may simply submit it again.
     """
 
     request_id: str
     on_value: Callable[[Any], Any] = _same
     on_failure: Callable[[Failure], None] = _ignore
     on_lost: Callable[[], object] = _nothing
+    proof: Proof = Proof.NOTHING
     outlives_tick: bool = False
     num_sequences: int = 0
 
@@ -61,10 +72,11 @@ class Flight:
 @dataclass(slots=True)
 class Assembly:
     """A tick in the making. ``flights``: what the group will answer; ``verdicts``: what is decided
-    without it, to be told after what comes before in the run's order."""
+    without it, to be told after what comes before in the run's order; ``proofs``: what those wait for."""
 
     flights: dict[str, Flight] = field(default_factory=dict)
     verdicts: list[Outcome] = field(default_factory=list)
+    proofs: dict[str, Proof] = field(default_factory=dict)
     drops: list[DropRun] = field(default_factory=list)
     creates: list[CreateAdapter] = field(default_factory=list)
     loads: list[LoadAdapter] = field(default_factory=list)

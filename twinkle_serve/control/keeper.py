@@ -8,7 +8,7 @@ The rule that everything here serves: at any moment the newest listed snapshot o
 run's journal entries above it in the order of their execution, is the run; and each promise below it has
 its result kept. So a snapshot is listed in one transaction with the results it makes impossible to
 compute again, and of two kept snapshots the older still has all entries that follow it. Only in a full
-journal there is but one, and entries above it.
+journal, and after a load (telling.py), there is but one, and entries above it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from twinkle_serve.config import StorageConfig
-from twinkle_serve.control.backend import LoadCommand, OptimCommand
+from twinkle_serve.control.backend import LoadCommand, OptimCommand, Poll
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.codec import encode_command, encode_result
 from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry, num_tokens
@@ -31,10 +31,9 @@ from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.protocol.work import Failure, PersistRun
 from twinkle_serve.storage.journal import Fenced
-from twinkle_serve.storage.journal_rows import GAP, VOID, JournalEntry, StoredResult, StoredSnapshot
+from twinkle_serve.storage.journal_rows import GAP, JournalEntry, StoredResult, StoredSnapshot
 
 logger = logging.getLogger(__name__)
-GIVEN_UP = Failure("the workers died each time they tried this request, so it was given up", "server")
 _PATIENCE_S = 10.0
 _RETRY_S = 30.0
 _SETTLE_POLL_S = 0.05
@@ -57,6 +56,7 @@ class Keeper:
         self.files = durability.files
         self.kept: dict[str, Kept] = {}
         self.parked: Callable[[Run], object] = lambda run: None
+        self.wakes: dict[str, Callable[[], object]] = {}  # by group: let it plan again
         self.unreadable: Callable[[Run, list[RunEntry], str], Coroutine[Any, Any, None]]
         self._resolve = durability.resolve
         self._fenced = durability.fenced
@@ -76,9 +76,16 @@ class Keeper:
         return next(iter(self._writing), None)
 
     def oldest_change(self, group: str) -> float | None:
-        """When the oldest change of one of the group's runs was made that no snapshot has, POSIX seconds."""
-        runs = (k for k in self.kept.values() if k.run.group == group)
+        """When the oldest change of one of the group's runs was made that no snapshot has, POSIX seconds. Of
+        a run without an adapter there is nothing to snapshot."""
+        runs = (k for k in self.kept.values() if k.run.group == group and k.run.down is None)
         return min((k.dirty_since for k in runs if k.dirty_since is not None), default=None)
+
+    def kept_of(self, request_id: str) -> Kept:
+        """What is kept of the run that a training request belongs to."""
+        run_id = self.books.promises.run_of(request_id)
+        assert run_id is not None
+        return self.kept[run_id]
 
     # accepting ------------------------------------------------------------------------------------
 
@@ -155,17 +162,6 @@ class Keeper:
         now = self.books.clock.now()
         self.journal.append(JournalEntry(run.run_id, last_seq_id, "", b"", now, kind=GAP))
 
-    def give_up(self, request_id: str) -> None:
-        """The request is never done again, not even after a restart: its run goes on without it."""
-        run_id = self.books.promises.run_of(request_id)
-        assert run_id is not None
-        kept = self.kept[run_id]
-        kept.void.add(request_id)
-        self.books.fail(request_id, GIVEN_UP)
-        seq_id = next(seq_id for seq_id, (each, _) in kept.unstored.items() if each == request_id)
-        now = self.books.clock.now()
-        self.journal.append(JournalEntry(run_id, seq_id, request_id, b"", now, kind=VOID))
-
     # ticks ----------------------------------------------------------------------------------------
 
     def executed(self, run: Run, entry: RunEntry) -> None:
@@ -185,15 +181,19 @@ class Keeper:
             case OptimCommand():
                 kept.num_steps += 1
             case LoadCommand() | BirthCommand(path=str()):
-                # Its checkpoint may be deleted or replaced, and then it cannot be done again.
-                kept.is_urgent = True
+                kept.is_urgent = True  # its client is answered, and its run goes on, once a snapshot has it
 
     def is_in_tick(self, run: Run) -> bool:
         """Whether something of the run is in the tick that runs."""
         return run.group in self._work and self._work[run.group][run.run_id] > 0
 
+    def is_unsure(self, run: Run) -> bool:
+        """Whether it has done a load that no snapshot has yet."""
+        kept = self.kept.get(run.run_id)
+        return kept is not None and kept.untold is not None
+
     def ticked(self, group: str, seconds: Mapping[str, float]) -> None:
-        """The tick is over, and took so long by phase."""
+        """The tick is over, and took so long by phase; nothing if that is not known, or if there was none."""
         work, held = self._work.pop(group, Counter()), self._held.pop(group, [])
         spent = sum(seconds.get(phase, 0.0) for phase in ("move", "passes", "optim"))
         for run_id, share in work.items():
@@ -235,17 +235,21 @@ class Keeper:
 
     async def _list(self, kept: Kept, snapshot: StoredSnapshot) -> None:
         """Make a written snapshot count."""
+        untold = kept.untold_until(snapshot.covered)
         try:
             await self._settled(kept, snapshot.covered)
             results = await self.results(kept, snapshot.covered)
-            if self._is_gone(kept):  # a row would bring it back to life at the next start
-                self.files.remove(snapshot.file)
+            is_redone = kept.untold_until(snapshot.covered) is not untold
+            if self._is_gone(kept) or is_redone:
+                # A row would bring a dead run back to life, or contradict what a load that is done again
+                # finds now.
+                self._discard(kept, snapshot)
                 return
-            # On its way from the older one the run still needs that.
-            is_full = self.is_full and not kept.is_restoring
-            older = [] if is_full else kept.snapshots[:1]
+            # On its way from the older one the run still needs that. Across a load there is no way back.
+            alone = untold is not None or (self.is_full and not kept.is_restoring)
+            older = [] if alone else kept.snapshots[:1]
             dropped = kept.snapshots[len(older) :]
-            drop_until = snapshot.covered if is_full else older[0].covered if older else UNBORN
+            drop_until = snapshot.covered if alone else older[0].covered if older else UNBORN
             gone = [*kept.bad, *(old.covered for old in dropped)]
             await self.journal.cover(snapshot, results, drop_until, gone)
         except Fenced:
@@ -261,10 +265,23 @@ class Keeper:
         # All of them are settled; what is not among the results nobody can ask for any more.
         kept.listed([snapshot, *older], drop_until)
         kept.is_persisting = False
+        if untold is not None:
+            kept.untold = None
+            self.books.resolve(untold.request_id, untold.value)
         # One that the run is on its way from goes at the next start.
         for old in () if kept.is_restoring else dropped:
             self.files.remove(old.file)
         self._park_if_clean(kept)
+        self._wake(kept)
+
+    def _discard(self, kept: Kept, snapshot: StoredSnapshot) -> None:
+        self.files.remove(snapshot.file)
+        kept.is_persisting = False
+        self._wake(kept)
+
+    def _wake(self, kept: Kept) -> None:
+        """The run may go on, or be snapshotted again."""
+        self.wakes.get(kept.run.group, lambda: None)()
 
     def _is_gone(self, kept: Kept) -> bool:
         """Whether the run was unloaded or forgotten meanwhile."""
@@ -272,10 +289,10 @@ class Keeper:
 
     async def _settled(self, kept: Kept, until: int, patience_s: float | None = _RETRY_S) -> None:
         """Wait for the answers up to ``until``: a save that is still being written could not be done again
-        from a later state. Raises TimeoutError."""
+        from a later state. A load waits for the snapshot itself. Raises TimeoutError."""
         async with asyncio.timeout(patience_s):
             while any(
-                self.books.promises.is_pending(request_id)
+                self.books.promises.is_pending(request_id) and not kept.is_untold(request_id)
                 for seq_id, (request_id, _) in kept.unstored.items()
                 if seq_id <= until
             ):
@@ -292,7 +309,7 @@ class Keeper:
         """What the promises up to ``until`` were settled with, for those that can still be asked for."""
         results = []
         for seq_id, (request_id, numbered) in sorted(kept.unstored.items()):
-            settled = self.books.promises.settled(request_id) if seq_id <= until else None
+            settled = self._answer(kept, request_id) if seq_id <= until else None
             if settled is not None:
                 value = await self._resolve(settled.value)
                 payload = encode_result(value, settled.failure)
@@ -300,9 +317,10 @@ class Keeper:
                 results.append(StoredResult(kept.run.run_id, seq_id, request_id, payload, now, numbered))
         return results
 
-    def is_over(self, request_id: str) -> bool:
-        """Whether its client has been answered: what it left outside the run need not be done again."""
-        return self.books.promises.settled(request_id) is not None
+    def _answer(self, kept: Kept, request_id: str) -> Poll | None:
+        if kept.untold is not None and kept.is_untold(request_id):
+            return Poll("done", kept.untold.value)
+        return self.books.promises.settled(request_id)
 
     def restored(self, run: Run) -> None:
         self.kept[run.run_id].is_restoring = False

@@ -8,16 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from twinkle_serve.config import StorageConfig
 from twinkle_serve.control.commands import RestoreCommand, RunEntry
 from twinkle_serve.control.log import Entry
 from twinkle_serve.control.runs import Run
+from twinkle_serve.protocol.work import Failure
 from twinkle_serve.storage.journal_rows import StoredSnapshot
 
 UNBORN = -1  # what a run is covered up to before there is a snapshot; its birth has seq_id 0
 # A snapshot may hold up the group for this share of the work that it saves from being done again.
 _WORTH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A request's outcome that the journal has, or soon will."""
+
+    seq_id: int
+    value: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """A load that was done, and whose client is told once a snapshot has it."""
+
+    seq_id: int
+    request_id: str
+    value: Any
 
 
 @dataclass(slots=True)
@@ -27,7 +47,8 @@ class Kept:
     done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
     bad: what those covered that turned out to be unreadable. dropped_until: the journal has no entries up to
     this. unstored: requests whose results the journal does not have, with their ids and whether the client
-    numbered them. void: requests given up. dirty_since: when the oldest change that no snapshot covers was
+    numbered them. noted: by request, outcomes of what must not be done again. untold: a load before which the
+    run does not go on. dirty_since: when the oldest change that no snapshot covers was
     made. debt_s: how long it took to do what no snapshot covers. hold_s: how long the last snapshot held up
     the tick that it was in.
     """
@@ -38,7 +59,8 @@ class Kept:
     bad: list[int] = field(default_factory=list)
     dropped_until: int = UNBORN
     unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
-    void: set[str] = field(default_factory=set)
+    noted: dict[str, Noted] = field(default_factory=dict)
+    untold: Untold | None = None
     num_steps: int = 0
     debt_s: float = 0.0
     hold_s: float = 0.0
@@ -73,7 +95,19 @@ class Kept:
         results of all that the newest covers."""
         self.snapshots, self.bad, self.dropped_until = snapshots, [], drop_until
         self.done = [seq_id for seq_id in self.done if seq_id > drop_until]
+        self.noted = {each: noted for each, noted in self.noted.items() if noted.seq_id > drop_until}
         self.unstored = {seq_id: each for seq_id, each in self.unstored.items() if seq_id > self.covered}
+
+    def seq_id_of(self, request_id: str) -> int:
+        """Of a request that is pending."""
+        return next(seq_id for seq_id, (each, _) in self.unstored.items() if each == request_id)
+
+    def is_untold(self, request_id: str) -> bool:
+        return self.untold is not None and self.untold.request_id == request_id
+
+    def untold_until(self, seq_id: int) -> Untold | None:
+        """The load that waits for a snapshot, if one that covers ``seq_id`` has it."""
+        return self.untold if self.untold is not None and self.untold.seq_id <= seq_id else None
 
     def begin_snapshot(self) -> None:
         """What is done up to now will be in it."""

@@ -57,7 +57,8 @@ class CommandLog(Generic[C]):
         return None if seq_id is None else self._request_ids.get(seq_id)
 
     def append(self, seq_id: int | None, request_id: str, command: C, now: float) -> Failure | None:
-        """Take in a request that ``original`` does not know. None for seq_id means after all others.
+        """Take in a request that ``original`` does not know. None for seq_id means after all others: it takes
+        the next number, and whoever comes with that is too late.
 
         Returns why the request must fail at once, or None if it waits its turn.
         """
@@ -69,6 +70,8 @@ class CommandLog(Generic[C]):
             self._request_ids[seq_id] = request_id
         if seq_id < self._next:
             return Failure(f"seq_id {seq_id} comes too late: the run has already gone on past it")
+        if seq_id in self._parked:
+            return Failure(f"seq_id {seq_id} comes too late: a request without a seq_id took its place")
         self._highest = max(self._highest, seq_id)
         self._parked[seq_id] = Entry(seq_id, request_id, command)
         self._release(now)

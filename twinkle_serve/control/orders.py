@@ -21,11 +21,12 @@ from twinkle_serve.control.backend import (
 )
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.checkpoints import key_of, path_of
-from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunEntry
+from twinkle_serve.control.commands import BirthCommand, DoneCommand, RestoreCommand, RunEntry
 from twinkle_serve.control.flights import Assembly, Flight
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.runs import Run
 from twinkle_serve.control.saves import Done, Place, Refused, save_order, snapshot_order
+from twinkle_serve.control.telling import proof_of
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.work import CreateAdapter, Failure, LoadAdapter, OptimStep, Pass, RestoreRun
@@ -50,21 +51,25 @@ class Orders:
         if run.down is not None and run.record.unloaded:
             raise Refused(run.down)
         match command:
+            case DoneCommand(value):
+                raise Done(value)
             case RejectedCommand(failure):
+                if entry.seq_id == 0:
+                    self._stayed_down(run, failure)  # its birth, which failed in an earlier life
                 raise Refused(failure)
             case RestoreCommand():
                 return self._restore(assembly, run, request_id, command)
             case BirthCommand(path=None):
-                return self._birth(assembly, run, request_id)
-            case BirthCommand(path=str(path), optimizer=optimizer) | LoadCommand(path, optimizer):
-                return self._load(assembly, run, request_id, path, optimizer)
+                return self._birth(assembly, run, request_id, command)
+            case BirthCommand() | LoadCommand():
+                return self._load(assembly, run, request_id, command)
         if run.down is not None:
             raise Refused(run.down)
         match command:
             case PassCommand():
                 return self._pass(assembly, request_id, command)
             case OptimCommand(params):
-                assembly.flights[request_id] = Flight(request_id)
+                assembly.flights[request_id] = Flight(request_id, proof=proof_of(command))
                 return lambda slot: assembly.optim_steps.append(OptimStep(request_id, slot, params))
             case SaveCommand():
                 return save_order(self._books, self._keeper, assembly, run, entry, command)
@@ -73,7 +78,7 @@ class Orders:
         raise AssertionError(command)
 
     def _pass(self, assembly: Assembly, request_id: str, command: PassCommand) -> Place:
-        assembly.flights[request_id] = Flight(request_id)
+        assembly.flights[request_id] = Flight(request_id, proof=proof_of(command))
 
         def place(slot: int) -> None:
             assembly.passes.append(
@@ -83,17 +88,22 @@ class Orders:
 
         return place
 
-    def _birth(self, assembly: Assembly, run: Run, request_id: str) -> Place:
+    def _birth(self, assembly: Assembly, run: Run, request_id: str, command: BirthCommand) -> Place:
         assembly.flights[request_id] = Flight(
             request_id,
             lambda _: self._came_up(run, {"model_id": run.run_id}),
             lambda failure: self._stayed_down(run, failure),
+            proof=proof_of(command),
         )
         spec = run.record.spec
         return lambda slot: assembly.creates.append(CreateAdapter(request_id, run.run_id, slot, spec))
 
-    def _load(self, assembly: Assembly, run: Run, request_id: str, path: str, optimizer: bool) -> Place:
+    def _load(
+        self, assembly: Assembly, run: Run, request_id: str, command: BirthCommand | LoadCommand
+    ) -> Place:
         """Into the run's adapter, or as its first one if it has none."""
+        path, optimizer = command.path, command.optimizer
+        assert path is not None
         try:
             source = self._source(run, path, optimizer)
         except (UserError, Invalid, NotFound) as error:
@@ -114,7 +124,7 @@ class Orders:
                 self._stayed_down(run, failure)
 
         assembly.flights[request_id] = Flight(
-            request_id, loaded, failed, lambda: checkpoints.unpin(source.directory)
+            request_id, loaded, failed, lambda: checkpoints.unpin(source.directory), proof_of(command)
         )
         directory = source.directory
         return lambda slot: assembly.loads.append(

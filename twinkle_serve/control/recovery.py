@@ -13,11 +13,12 @@ from dataclasses import replace
 
 from twinkle_serve.control.backend import RejectedCommand, SnapshotCommand
 from twinkle_serve.control.codec import decode_command, decode_result
-from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry
-from twinkle_serve.control.keeper import GIVEN_UP, Keeper
+from twinkle_serve.control.commands import BirthCommand, DoneCommand, RestoreCommand, RunCommand, RunEntry
+from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.kept import UNBORN, Kept
 from twinkle_serve.control.log import CommandLog, Entry
 from twinkle_serve.control.runs import Run
+from twinkle_serve.control.telling import read_note
 from twinkle_serve.protocol.work import Failure
 from twinkle_serve.storage.journal_rows import (
     COMMAND,
@@ -57,11 +58,12 @@ def _end_of_unloaded(keeper: Keeper, kept: Kept) -> None:
 
 async def _rewind(keeper: Keeper, kept: Kept) -> None:
     run = kept.run
-    if run.down is not None and 0 in kept.done and not _is_pending(keeper, kept, 0):
-        return  # it never came to life, and its client knows
     if not kept.snapshots and not kept.done:
         return  # its birth is still to come
     kept.is_rewinding = True
+    # A snapshot with the load either is on its way to the journal now, and counts before ``_known`` returns,
+    # or will never count.
+    kept.untold = None
     try:
         known = await _known(keeper, kept)
     finally:
@@ -75,6 +77,9 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
     entries = [known[seq_id] for seq_id in redo]
     if kept.snapshots:
         entries = [kept.restore_entry(keeper.files.path(kept.snapshots[0].file)), *entries]
+        run.down = None
+    else:
+        run.await_adapter()
     kept.done = [*(seq_id for seq_id in kept.done if seq_id <= kept.covered), *skipped]
     kept.debt_s = 0.0
     run.log.rewind(entries)
@@ -110,8 +115,10 @@ def corrupt(keeper: Keeper, run: Run, reason: str) -> None:
     run.down = _corrupted(run, reason)
     keeper.books.runs.save(run)
     kept = keeper.kept.get(run.run_id)
-    for request_id, _ in kept.unstored.values() if kept is not None else ():
-        keeper.books.fail(request_id, run.down)
+    if kept is not None:
+        kept.untold = None
+        for request_id, _ in kept.unstored.values():
+            keeper.books.fail(request_id, run.down)
 
 
 def _corrupted(run: Run, reason: str) -> Failure:
@@ -131,12 +138,10 @@ async def _known(keeper: Keeper, kept: Kept) -> dict[int, RunEntry]:
 
 
 def _decoded(kept: Kept, entry: JournalEntry) -> RunCommand:
-    return RejectedCommand(GIVEN_UP) if entry.request_id in kept.void else decode_command(entry.payload)
-
-
-def _is_pending(keeper: Keeper, kept: Kept, seq_id: int) -> bool:
-    request = kept.unstored.get(seq_id)
-    return request is not None and keeper.books.promises.is_pending(request[0])
+    noted = kept.noted.get(entry.request_id)
+    if noted is None:
+        return decode_command(entry.payload)
+    return DoneCommand(noted.value) if noted.failure is None else RejectedCommand(noted.failure)
 
 
 def suspend_snapshots(keeper: Keeper, group: str) -> None:
@@ -268,9 +273,10 @@ def _may_matter(damaged: DamagedEntry, history: RunHistory, covered: int) -> boo
     if damaged.seq_id is None or damaged.seq_id > covered:
         return True
     start = history.snapshots[-1].covered if history.snapshots else UNBORN
-    before = history.entries[damaged.after - 1].seq_id if damaged.after else start
-    fits = damaged.seq_id == before + 1
-    return not fits and all(entry.seq_id > covered for entry in history.entries[damaged.after :])
+    earlier = [entry.seq_id for entry in history.entries[: damaged.after] if entry.kind != VOID]
+    later = [entry.seq_id for entry in history.entries[damaged.after :] if entry.kind != VOID]
+    fits = damaged.seq_id == (earlier[-1] if earlier else start) + 1
+    return not fits and all(seq_id > covered for seq_id in later)
 
 
 def _fail_damaged(keeper: Keeper, run: Run, request_id: str) -> None:
@@ -286,7 +292,7 @@ def _replayed_log(
     keeper: Keeper, kept: Kept, blank: CommandLog[RunCommand], history: RunHistory
 ) -> CommandLog[RunCommand]:
     """The log as it was: a log is what came, in the order in which it came, and nothing else."""
-    kept.void.update(entry.request_id for entry in history.entries if entry.kind == VOID)
+    kept.noted.update({entry.request_id: read_note(entry) for entry in history.entries if entry.kind == VOID})
     start = kept.snapshots[-1].covered if kept.snapshots else _before_first(history)
     log = blank.restarted(max(start, 0) + 1)
     for entry in history.entries:

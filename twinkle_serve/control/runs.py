@@ -42,6 +42,10 @@ class Run:
     def group(self) -> str:
         return self.home or self.record.base_model
 
+    def await_adapter(self) -> None:
+        """What it had is gone, and its birth is to be done again."""
+        self.down = _UNBORN
+
     @property
     def wants_adapter(self) -> bool:
         """It has one, or waits for its first."""

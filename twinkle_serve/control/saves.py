@@ -16,6 +16,7 @@ from twinkle_serve.control.flights import Assembly, Flight
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.runs import Run
 from twinkle_serve.control.samplers import sampler_id_for
+from twinkle_serve.control.telling import proof_of
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.work import Failure, SaveAdapter, Snapshot
 from twinkle_serve.storage.records import CheckpointRecord, SamplerRecord
@@ -46,16 +47,14 @@ def save_order(
     entry: RunEntry,
     command: SaveCommand,
 ) -> Place:
-    """Write a checkpoint, unless that was done before the group was lost."""
+    """Write a checkpoint, unless it is there from before the group was lost."""
     check_ttl(command.ttl_seconds)
     name = f"checkpoint-{entry.seq_id:06d}" if command.name is None else command.name
     checkpoints = books.checkpoints
     earlier = checkpoints.at((run.run_id, command.kind, name))
     if earlier is not None and earlier.seq_id is not None and earlier.seq_id >= entry.seq_id:
-        # Done before the group was lost, and maybe replaced since by a later request of the run.
+        # Done before all was lost and its outcome noted, and maybe replaced by a later request of the run.
         raise Done({"path": path_of(key_of(earlier)), "size_bytes": earlier.size_bytes})
-    if keeper is not None and keeper.is_over(entry.request_id):
-        raise Done(None)  # deleted since
     no_room = None if keeper is None else keeper.no_room_for_a_save()
     if no_room is not None:
         raise Refused(no_room)
@@ -84,7 +83,9 @@ def save_order(
     def over(_: Failure | None = None) -> None:
         checkpoints.release(key_of(record))
 
-    assembly.flights[entry.request_id] = Flight(entry.request_id, saved, over, over, outlives_tick=True)
+    assembly.flights[entry.request_id] = Flight(
+        entry.request_id, saved, over, over, proof_of(command), outlives_tick=True
+    )
     manifest = _manifest(record) | _form(command, name)
     return lambda slot: assembly.saves.append(
         SaveAdapter(entry.request_id, slot, directory, record.has_optimizer, manifest)
@@ -134,7 +135,7 @@ def snapshot_order(
         samplers.retire(run.run_id)
         return {"sampling_session_id": sampler_id}
 
-    assembly.flights[request_id] = Flight(request_id, frozen)
+    assembly.flights[request_id] = Flight(request_id, frozen, proof=proof_of(command))
     path = None if keeper is None else keeper.files.path(keeper.sampler_file(sampler_id))
     return lambda slot: assembly.snapshots.append(Snapshot(request_id, slot, sampler_id, path))
 

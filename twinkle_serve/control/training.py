@@ -82,11 +82,13 @@ class Training:
         self._books.sessions.get(tenant, session_id)
         source = self._books.checkpoints.find(tenant, path)
         model = source.base_model if base_model is None else base_model
-        homes_of(self._drivers, model)
+        max_rank = homes_of(self._drivers, model)[0].group.info.max_rank
         try:
             check_loadable(source, model, optimizer)
         except UserError as error:
             raise Invalid(str(error)) from None
+        if source.spec.rank > max_rank:
+            raise Invalid(f"path {path!r} has rank {source.spec.rank}; {model} is served up to rank {max_rank}")
         birth = BirthCommand(path, optimizer)
         return await self._create_run(
             tenant, session_id, model_seq_id, model, source.spec, user_metadata, birth
@@ -165,8 +167,11 @@ class Training:
         return await self._accept.durable(request_id)
 
     def _check_parked(self, run: Run, seq_id: int | None) -> None:
-        """A client may send far ahead of a request that does not come, but not without end."""
+        """A client may send far ahead of a request that does not come, but not without end. And a request
+        without a seq_id takes the next one, which may be on its way too."""
         missing = run.log.missing
+        if missing is not None and seq_id is None:
+            raise BackendUnavailable(f"seq_id {missing} has not arrived, and this is to come after it")
         if missing is None or seq_id is None or seq_id <= missing:
             return
         parked = sum(len(c.datums) for c in run.log.parked if isinstance(c, PassCommand))

@@ -1,0 +1,128 @@
+"""The requests that a group is at work on, and what becomes of each: settled, lost, or given no answer.
+
+Knows flights, and samples among them by their sequences. Does not know how a tick is made or run (driver.py),
+nor what must be on disk before a client is told (telling.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from twinkle_serve.control.books import Books
+from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight, Proof
+from twinkle_serve.control.keeper import Keeper
+from twinkle_serve.control.planner import Window
+from twinkle_serve.control.suspects import Suspects
+from twinkle_serve.control.telling import proof_of, tell
+from twinkle_serve.protocol.work import Failure, Outcome, TickReport
+
+logger = logging.getLogger(__name__)
+_SILENT = Failure("the workers gave no answer to this request", "server")
+
+
+class InFlight:
+    """One group's. ``wake``: something may start that waited for a request which is over."""
+
+    def __init__(
+        self, books: Books, keeper: Keeper | None, suspects: Suspects, wake: Callable[[], object]
+    ) -> None:
+        self._books = books
+        self._keeper = keeper
+        self._suspects = suspects
+        self._wake = wake
+        self._flights: dict[str, Flight] = {}
+        self._num_silent_reports = 0
+        self.num_sequences = 0
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._flights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flights)
+
+    def any_of(self, run_id: str) -> bool:
+        return any(self._books.promises.run_of(request_id) == run_id for request_id in self._flights)
+
+    def add(self, flights: Mapping[str, Flight]) -> None:
+        """Those that are in flight already are left alone."""
+        for request_id, flight in flights.items():
+            if request_id not in self._flights:
+                self._flights[request_id] = flight
+                self.num_sequences += flight.num_sequences
+
+    def settle(self, outcome: Outcome) -> None:
+        """Nothing happens if the request was given up before, or cancelled."""
+        flight = self._flights.pop(outcome.request_id, None)
+        if flight is None:
+            return
+        self.num_sequences -= flight.num_sequences
+        self._suspects.settled(flight.request_id)
+        if flight.outlives_tick:
+            self._wake()  # a load may have waited for this save
+        self._books.watch.result(outcome)
+        try:
+            if outcome.failure is not None:
+                flight.on_failure(outcome.failure)
+            else:
+                outcome = replace(outcome, value=flight.on_value(outcome.value))
+            self._tell(flight.proof, outcome)
+        except Exception:
+            logger.exception("could not take note of the outcome of request %s", flight.request_id)
+            self._tell(flight.proof, Outcome(flight.request_id, failure=INTERNAL_ERROR))
+
+    def settle_rest(self, assembly: Assembly) -> None:
+        """The tick is over: what got no answer in it gets none."""
+        for request_id, flight in assembly.flights.items():
+            if not flight.outlives_tick:
+                self.settle(Outcome(request_id, failure=_SILENT))
+
+    def settle_verdicts(self, assembly: Assembly) -> None:
+        verdicts, assembly.verdicts = assembly.verdicts, []
+        for verdict in verdicts:
+            self._tell(assembly.proofs.get(verdict.request_id, Proof.NOTHING), verdict)
+
+    def heard(self, report: TickReport) -> None:
+        """A sample that no rank decodes any more and that got no answer would keep us ticking for ever."""
+        silent = report.active_samples == 0 and self.num_sequences > 0
+        self._num_silent_reports = self._num_silent_reports + 1 if silent else 0
+        if self._num_silent_reports == 2:
+            for flight in [f for f in self._flights.values() if f.num_sequences]:
+                self.settle(Outcome(flight.request_id, failure=_SILENT))
+
+    def fail(self, window: Window, assembly: Assembly) -> None:
+        """A bug, ours or the group's, met this tick: its requests fail, the others go on."""
+        for request_id in assembly.flights:
+            self.settle(Outcome(request_id, failure=INTERNAL_ERROR))
+        for work in window.work:
+            for entry in work.entries:
+                self._tell(proof_of(entry.command), Outcome(entry.request_id, failure=INTERNAL_ERROR))
+
+    def lose(self, waiting: Iterable[Flight]) -> None:
+        """The group is gone, and with it what was in flight and the samples that wait."""
+        for flight in self._take_all(waiting):
+            flight.on_lost()
+            if flight.num_sequences:
+                self._books.promises.lose(flight.request_id)
+
+    def abandon(self, waiting: Iterable[Flight], failure: Failure) -> None:
+        """The same where nothing is done again."""
+        for flight in self._take_all(waiting):
+            flight.on_failure(failure)
+            if flight.num_sequences:
+                self._books.promises.lose(flight.request_id)
+            else:
+                self._books.fail(flight.request_id, failure)
+
+    def _take_all(self, waiting: Iterable[Flight]) -> list[Flight]:
+        flights = [*self._flights.values(), *waiting]
+        self._flights.clear()
+        self.num_sequences = 0
+        return flights
+
+    def _tell(self, proof: Proof, outcome: Outcome) -> None:
+        tell(self._books, self._keeper, proof, outcome)
