@@ -45,14 +45,17 @@ from twinkle_serve.testing.real_shapes import qwen3_30b_config
 PROMPT_TOKENS = 128
 
 
-def build(directory: Path, num_layers: int) -> Path:
-    """Random weights in the shapes of Qwen3-30B-A3B, ``num_layers`` of its 48 layers."""
-    if (directory / "config.json").is_file():
+def build(root: Path, num_layers: int, device: str = "cuda") -> Path:
+    """Random weights in the shapes of Qwen3-30B-A3B, ``num_layers`` of its 48 layers: the directory, built if
+    it is not there. It gets its name once it is whole."""
+    directory = root / f"{num_layers}-layers"
+    if directory.is_dir():
         return directory
-    with torch.device("cuda"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(qwen3_30b_config(num_layers), dtype=torch.bfloat16)
-    model.save_pretrained(directory, max_shard_size="4GB")
-    return directory
+    unfinished = root / f"{num_layers}-layers.unfinished"
+    model.save_pretrained(unfinished, max_shard_size="4GB")
+    return unfinished.rename(directory)
 
 
 class Work:
@@ -262,7 +265,7 @@ def profile(work: Work, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, default=Path("/tmp/bench-gpu"))
+    parser.add_argument("--directory", type=Path, default=Path("/tmp/bench-gpu"), help="for the models")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tenants", type=int, default=16)
@@ -281,7 +284,8 @@ def main() -> None:
     built = time.perf_counter()
     work = Work(directory, arguments.tenants, arguments.rank, arguments.microbatch_tokens)
     print(f"built in {built - start:.0f} s, loaded in {time.perf_counter() - built:.0f} s")
-    print(f"{arguments.layers} layers: {torch.cuda.memory_allocated() / 2**30:.1f} GiB with all slots")
+    what = f"{arguments.layers} layers with {arguments.tenants} slots of rank {arguments.rank}: memory, GiB"
+    report.row(what, torch.cuda.memory_allocated() / 2**30)
     if arguments.profile:
         profile(work, arguments.profile)
     if "train" in arguments.parts:
