@@ -43,20 +43,26 @@ def measured() -> str:
     """All rows of benchmarks/results, a table for each file."""
     parts = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        rows = json.loads(file.read_text())["rows"]
-        parts.append(f"### {file.stem}\n\n| what | measured | target | load |\n|---|---|---|---|")
-        parts += [_measured_row(row) for row in rows]
+        tree = json.loads(file.read_text())
+        parts.append(f"### {file.stem}\n")
+        if tree.get("note"):
+            parts.append(f"{tree['note']}.\n")
+        parts.append("| what | measured | target | load |\n|---|---|---|---|")
+        parts += [measured_row(row) for row in tree["rows"]]
         parts.append("")
     return "\n".join(parts)
 
 
-def _measured_row(row: dict[str, Any]) -> str:
+def measured_row(row: dict[str, Any]) -> str:
+    """One line of a table: the figure, and behind it what its note says of it."""
     value = row.get("value", row.get("ratio"))
-    shown = (
-        _cell(row.get("note") or "not measured") if value is None else f"{value:.3g} {row.get('unit', '')}"
-    )
+    note = row.get("note") or row.get("why") or ""
+    figure = "not measured" if value is None else f"{value:.3g} {row.get('unit', '')}".rstrip()
+    shown = f"{figure}: {note}" if note else figure
     what = ": ".join(filter(None, [row.get("part"), row["what"]]))
-    return f"| {_cell(what)} | {shown} | {_cell(row.get('target') or '–')} | {row.get('load', 0):.1f} |"
+    return (
+        f"| {_cell(what)} | {_cell(shown)} | {_cell(row.get('target') or '–')} | {row.get('load', 0):.1f} |"
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {"settings": settings, "metrics": metrics, "measured": measured}
