@@ -213,7 +213,7 @@ def measure(report: Report, sides: Mapping[str, Side], batch: DatumBatch, turns:
         row = f"{label}, {what}:"
         report.row(f"{row} with journal and snapshots / without", each["on"] / without, "<= 1.05", timings)
         report.row(f"{row} without / without", each["off again"] / each["off"])
-    report.row(f"{label}: snapshots in a turn of {steps} steps", (on.files.num - before) / turns)
+    report.row(f"{label}: snapshots in {turns} turns of {steps} steps", on.files.num - before)
 
 
 def timed(work: Callable[[], object]) -> float:

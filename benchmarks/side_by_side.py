@@ -152,7 +152,7 @@ def standing(detail: Mapping[str, Any], target: str) -> dict[str, str]:
     if detail.get("steady after them", True):
         return {"target": target}
     rounds = detail["rounds to warm up"]
-    return {"note": f"the peer was not steady after {rounds} rounds: it may still have been compiling"}
+    return {"note": f"the peer was not steady yet (rounds to warm up: {rounds}) and may have been compiling"}
 
 
 def steady(speeds: Sequence[float]) -> bool:

@@ -104,7 +104,7 @@ def test_what_is_measured_before_the_peer_is_steady_reaches_nothing():
     for row in rows.found:
         assert row.value == pytest.approx(10.0 if "CPU" in row.what else 100.0)
         assert row.status == ""
-        assert "not steady after 0 rounds" in row.note
+        assert "not steady yet (rounds to warm up: 0)" in row.note
 
 
 def test_rows_of_a_comparison():
