@@ -42,7 +42,7 @@ def whitelisted(path: Path) -> dict[str, Any]:
     return source.terms.model_dump() | {"path": str(path), "sha256": source.sha256}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(
     tiny_moe: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:

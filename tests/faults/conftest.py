@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.faults.loops import STEPS, loops
 from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.testing.server import free_port
 
@@ -120,8 +123,7 @@ class Server:
         if victim == "everything":
             pids = [self.process.pid, *descendants(self.process.pid)]
         else:
-            found = self.pids(*TITLES[victim])
-            pids = [rng.choice(found)] if found else []  # none: it is dead already, and not yet replaced
+            pids = [rng.choice(self._await(victim))]
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -130,6 +132,14 @@ class Server:
             deadline = time.monotonic() + 30
             while not _is_free(self.port) and time.monotonic() < deadline:
                 time.sleep(0.02)  # a killed process holds its sockets until its last thread is gone
+
+    def _await(self, victim: str) -> list[int]:
+        """Those there are. One that is dead already is replaced soon."""
+        deadline = time.monotonic() + TRAP_S
+        while not (found := self.pids(*TITLES[victim])):
+            assert time.monotonic() < deadline, f"there is no {victim} to be killed:\n{self.tail()}"
+            time.sleep(0.05)
+        return found
 
     def strike(self, victim: str, place: str | None, rng: random.Random) -> None:
         """Kill the victim while a process stands at ``place`` (None: anywhere), and let life go on."""
@@ -142,6 +152,14 @@ class Server:
             if place == "in replay":
                 self.kill("rank", rng)
             self._await_somebody_at(place)
+        self._finish(victim, rng)
+
+    def kill_at(self, victim: str, place: str, rng: random.Random) -> None:
+        """The same where somebody has laid the trap already."""
+        self._await_somebody_at(place)
+        self._finish(victim, rng)
+
+    def _finish(self, victim: str, rng: random.Random) -> None:
         self.kill(victim, rng)
         for path in self.traps.iterdir():
             path.unlink()
@@ -243,10 +261,23 @@ def new_server(tiny_llama: Path, tiny_moe: Path) -> Callable[[str, Path], Server
     return new
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def standing(
     tmp_path_factory: pytest.TempPathFactory, new_server: Callable[[str, Path], Server]
 ) -> Iterator[Standing]:
     servers = Standing(lambda name: new_server(name, tmp_path_factory.mktemp(name)))
     yield servers
     servers.end()
+
+
+@pytest.fixture(scope="package")
+def quiet(tmp_path_factory: pytest.TempPathFactory, standing: Standing) -> Callable[[str], dict[str, Any]]:
+    """What the programs of sdk_loop.py see on a deployment when nothing happens."""
+
+    @functools.cache
+    def run(name: str) -> dict[str, Any]:
+        root = tmp_path_factory.mktemp("quiet")
+        with standing.borrowed(name) as server, loops(server.url, root, STEPS) as clients:
+            return clients.seen(server.store)
+
+    return run

@@ -4,9 +4,6 @@ loss can be used afterwards."""
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tinker import types
 
-from tests.faults.conftest import TRAP_S, Server, new_server, running
+from tests.faults.conftest import Server, Standing
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-__all__ = ["new_server"]  # a fixture
 PLACE = "in backward"
 STEPS, STRUCK = 4, 1
 
@@ -53,8 +49,8 @@ def datums() -> list[types.Datum]:
     return data
 
 
-def train(server: Server, strike: Callable[[], None] | None) -> dict[str, Any]:
-    """What a client sees of a few steps. ``strike``: happens while the pass of step STRUCK is under way."""
+def train(server: Server, *, struck: bool = False) -> dict[str, Any]:
+    """What a client sees of a few steps. struck: everything is killed in the pass of step STRUCK."""
     with tinker.ServiceClient(base_url=server.url, api_key="tml-uploaded") as service:
         run = service.create_lora_training_client(base_model="tiny", rank=4, seed=3).result()
         ranks = {"logprobs": 1, "rejected": 1, "weights": 1}
@@ -62,32 +58,21 @@ def train(server: Server, strike: Callable[[], None] | None) -> dict[str, Any]:
         assert handle.loss_id is not None, "it runs in the client"
         metrics = []
         for step in range(STEPS):
-            if strike is not None and step == STRUCK:
+            if struck and step == STRUCK:
                 (server.traps / PLACE).touch()
             backward = run.forward_backward_custom(datums(), handle)
             adam = run.optim_step(types.AdamParams(learning_rate=1e-2))
-            if strike is not None and step == STRUCK:
-                strike()
+            if struck and step == STRUCK:
+                server.kill_at("everything", PLACE, random.Random(0))
             metrics.append(dict(backward.result().metrics))
             adam.result()
         after = run.forward(datums(), "cross_entropy").result().loss_fn_outputs
     return {"metrics": metrics, "after": [list(each["logprobs"].data) for each in after]}
 
 
-def test_it_is_finished_exactly_once(tmp_path: Path, new_server: Callable[[str, Path], Server]) -> None:
-    with running(new_server("local", tmp_path)) as server:
-
-        def strike() -> None:
-            deadline = time.monotonic() + TRAP_S
-            while (server.traps / PLACE).exists():
-                assert time.monotonic() < deadline, f"nobody came by {PLACE!r}:\n{server.tail()}"
-                time.sleep(0.005)
-            server.kill("everything", random.Random(0))
-            for path in server.traps.iterdir():
-                path.unlink()
-            server.start()
-
-        quiet = train(server, None)
+def test_it_is_finished_exactly_once(standing: Standing) -> None:
+    with standing.borrowed("local") as server:
+        quiet = train(server)
         losses = [step["loss:sum"] for step in quiet["metrics"]]
         assert len(set(losses)) == STEPS
-        assert train(server, strike) == quiet
+        assert train(server, struck=True) == quiet
