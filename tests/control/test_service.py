@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -139,6 +140,18 @@ def test_a_rank_out_of_range_is_refused_with_the_limit(tmp_path, rank):
             assert await client.create() == f"{client.session}:train:0"
 
     attempt()
+
+
+@virtual
+async def test_a_checkpoint_of_a_rank_that_is_no_longer_served_starts_no_run(tmp_path):
+    group = EchoGroup()
+    async with control_plane(tmp_path, group) as plane:
+        client = await Client(plane).open()
+        run = await client.create(rank=16)
+        path = (await client.do(run, 1, SaveCommand("weights", "n")))["path"]
+        group.info = replace(group.info, max_rank=8)
+        with pytest.raises(Invalid, match="has rank 16; base is served up to rank 8"):
+            await plane.create_model_from(TENANT, client.session, 1, path, True, None, {})
 
 
 @virtual

@@ -88,7 +88,9 @@ class Training:
         except UserError as error:
             raise Invalid(str(error)) from None
         if source.spec.rank > max_rank:
-            raise Invalid(f"path {path!r} has rank {source.spec.rank}; {model} is served up to rank {max_rank}")
+            raise Invalid(
+                f"path {path!r} has rank {source.spec.rank}; {model} is served up to rank {max_rank}"
+            )
         birth = BirthCommand(path, optimizer)
         return await self._create_run(
             tenant, session_id, model_seq_id, model, source.spec, user_metadata, birth
