@@ -232,7 +232,7 @@ def main() -> None:
     build = build_tiny_qwen3_moe if options.tiny else build_bench_moe
     model = {"name": "bench", "path": str(build(options.models)), "num_threads": 1, "device": "cpu"}
     report = Report("durability")
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.models) as scratch:
         root = Path(scratch)
         config = Config.model_validate({"models": [model], "storage": {"root": str(root)}})
         engines = {name: Engine(config.models[0]) for name in ("off", "on", "off again")}
