@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from tinker import types
 from tinker.lib.chunked_fwdbwd_helpers import combine_fwd_bwd_output_results
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
+from tests.gateway import scripted
 from tests.gateway.scripted import ScriptedBackend
 from tests.protocol import sdk_bodies as sdk
 from twinkle_serve.config import Config
@@ -228,6 +231,35 @@ async def test_trap_14_a_wrong_request_still_spends_its_seq_id(
     assert (run_id, seq_id) == (RUN, 5)
     assert isinstance(command, RejectedCommand)
     assert command.failure.category == "user"
+
+
+async def test_a_small_body_is_refused_before_it_becomes_a_large_batch(
+    client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(scripted.MODEL, vocab_size=10**5, max_context_length=4096)
+    monkeypatch.setattr(scripted, "MODEL", model)
+    rows = types.TensorData(
+        data=[],
+        dtype="int64",
+        shape=[4096, 1024],
+        sparse_crow_indices=[0] * 4097,
+        sparse_col_indices=[],
+    )
+    await send_pass(client, sdk.forward_proto([sdk.datum([1] * 4096, target_tokens=rows)], 1))
+    command = backend.commands[-1][2]
+    assert isinstance(command, RejectedCommand)
+    assert "target_tokens has 4194304 elements when dense" in command.failure.message
+    item = {"data": [], "dtype": "int64", "shape": [4096, 1024]}
+    item |= {"sparse_crow_indices": [0] * 4097, "sparse_col_indices": []}
+    datum = sdk.json_datum([1] * 4096)
+    datum["loss_fn_inputs"]["target_tokens"] = item
+    body = sdk.forward_json([datum], 2)
+    await client.post("/forward_backward", json=body)
+    await client.post("/forward", json=body | {"forward_input": body["forward_backward_input"], "seq_id": 3})
+    for _, _, command in backend.commands[1:]:
+        assert isinstance(command, RejectedCommand)
+        assert "target_tokens has 4194304 elements when dense" in command.failure.message
+    assert len(backend.commands) == 3
 
 
 async def test_trap_15_dedupe_ignores_the_idempotency_key(
