@@ -17,8 +17,9 @@ from twinkle_serve.protocol.work import AdapterRef
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> SampleAdapters:
-    """Snapshots a, b, c of rank 4 each, and room for two."""
+    """Snapshots a, b, c of rank 4 each, and room for two; one that takes it whole."""
     store = PageStore(tmp_path, host_bytes=2**20)
+    store.put("whole", state(8))
     for seed, name in enumerate("abc"):
         store.put(name, state(4, seed=seed))
     return SampleAdapters(Shares(LAYOUT, Ranks(), split_experts=False), store, pool(8))
@@ -53,6 +54,40 @@ def test_the_least_recently_used_one_goes_first(adapters: SampleAdapters) -> Non
         adapters.let_go(adapters.hold(AdapterRef(name)))
     a = adapters.hold(AdapterRef("a"))
     assert adapters.hold(AdapterRef("c")).first != a.first
+
+
+def test_who_finds_no_room_is_read_once_and_throws_nobody_out(
+    adapters: SampleAdapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    adapters.let_go(adapters.hold(AdapterRef("b")))
+    get, reads = adapters._snapshots.get, []
+    monkeypatch.setattr(adapters._snapshots, "get", lambda name: (reads.append(name), get(name))[1])
+    for _ in range(3):
+        with pytest.raises(PoolFull):
+            adapters.hold(AdapterRef("whole"))
+    adapters.let_go(adapters.hold(AdapterRef("b")))
+    assert reads == ["whole"]
+    adapters.let_go(a)
+    assert adapters.hold(AdapterRef("whole")).first == 0
+    assert reads == ["whole"]
+
+
+def test_what_found_no_room_is_forgotten_with_its_name(adapters: SampleAdapters) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    with pytest.raises(PoolFull):
+        adapters.hold(AdapterRef("whole"))
+    adapters._snapshots.drop("whole")
+    adapters.drop("whole")
+    adapters.let_go(a)
+    with pytest.raises(KeyError):
+        adapters.hold(AdapterRef("whole"))
+
+
+def test_it_is_free_when_the_last_one_lets_go(adapters: SampleAdapters) -> None:
+    a = adapters.hold(AdapterRef("a"))
+    adapters.hold(AdapterRef("a"))
+    assert [adapters.let_go(a), adapters.let_go(a)] == [False, True]
 
 
 def test_a_dropped_one_in_use_keeps_its_place_until_it_is_let_go(adapters: SampleAdapters) -> None:

@@ -29,7 +29,7 @@ from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
-from twinkle_serve.protocol.work import AdapterRef, Outcome, Sample, Tick, TickReport
+from twinkle_serve.protocol.work import AdapterRef, Outcome, Sample, SaveAdapter, Tick, TickReport
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +195,26 @@ def test_a_step_that_fails_fails_what_was_running_and_leaks_nothing(
     assert len(sample(moe, PROMPT, max_tokens=3).sequences[0].tokens) == 3
 
 
+@pytest.mark.parametrize("where", ["step", "adapter"])
+def test_a_lost_device_ends_the_rank_and_fails_nobody(
+    moe: Engine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The samples are asked for again once the group is back."""
+    ref = trained(moe, 0, LoraSpec(rank=4, seed=3), f"lost {where}")
+
+    def lost(*args: object, **kwargs: object) -> None:
+        raise torch.AcceleratorError("planted")
+
+    if where == "step":
+        monkeypatch.setattr(moe.base.model.base_model.rotary_emb, "forward", lost)
+    else:
+        monkeypatch.setattr(moe._adapters.pool, "put", lost)
+    with pytest.raises(torch.AcceleratorError):
+        run(moe, samples=(make_sample("a", PROMPT, ref),), decode_budget_s=9)
+    monkeypatch.undo()
+    run(moe, cancels=("a",))
+
+
 # Adapters -------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +240,42 @@ def test_eviction_from_the_adapter_cache_is_not_seen(engine_for: EngineFactory, 
         assert_logprobs(dense(engine, i, tiny_moe).logits, PROMPT, together[f"{i}"].sequences[0])
         alone = sample(engine, PROMPT, ref, max_tokens=8, seed=1).sequences[0]
         assert alone.tokens.tolist() == together[f"{i}"].sequences[0].tokens.tolist()
+
+
+def test_an_adapter_that_waits_for_room_is_read_once(
+    engine_for: EngineFactory, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many samples with the others end meanwhile."""
+    engine = engine_for(tiny_moe, max_rank=8, sampler=SamplerConfig(adapter_slots=2))
+    create(engine, 0, LoraSpec(rank=8, seed=1))
+    directories = [str(tmp_path / f"{i}") for i in range(3)]
+    run(engine, saves=tuple(SaveAdapter(path, 0, path, False, {}) for path in directories))
+    read, reads = engine._adapters._read_whole, []
+    monkeypatch.setattr(engine._adapters, "_read_whole", lambda path: (reads.append(path), read(path))[1])
+    refs = [AdapterRef(f"waits{i}", path) for i, path in enumerate(directories)]
+    samples = [make_sample(f"{i}", PROMPT, refs[i % 2], max_tokens=1 + i, seed=i) for i in range(30)]
+    drain(engine, [*samples, make_sample("third", PROMPT, refs[2], max_tokens=2)])
+    assert reads == directories
+
+
+def test_whoever_comes_after_one_that_waited_for_room_is_admitted(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    """Its client has gone; the room it waited for is still taken."""
+    engine = engine_for(tiny_moe, max_rank=8, sampler=SamplerConfig(adapter_slots=2))
+    refs = [trained(engine, slot, LoraSpec(rank=8, seed=slot), f"after{slot}") for slot in range(3)]
+    samples = [
+        make_sample("0", PROMPT, refs[0], max_tokens=300),
+        make_sample("1", PROMPT, refs[1], max_tokens=300),
+        make_sample("2", PROMPT, refs[2], max_tokens=300),
+        make_sample("3", PROMPT, max_tokens=2),
+    ]
+    assert run(engine, samples=tuple(samples), decode_budget_s=1e-9) == {}
+    found: dict[str, Outcome] = {}
+    for cancels in (("2",), (), ()):
+        found |= run(engine, cancels=cancels, decode_budget_s=1e-9)
+    assert list(found) == ["3"]
+    run(engine, cancels=("0", "1"))
 
 
 def test_a_dropped_snapshot_is_gone_but_running_samples_finish(moe: Engine) -> None:

@@ -7,7 +7,7 @@ Knows ranks and rows; does not know where weights come from or when an adapter i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -145,7 +145,9 @@ class AdapterPool:
 
     def put(self, state: AdapterState) -> Pooled:
         """state: has passed ``check``. Raises PoolFull."""
-        first = self._gap(state.spec.rank)
+        first = self.gap(state.spec.rank)
+        if first is None:
+            raise PoolFull
         rows = slice(first, first + state.spec.rank)
         self._weights[rows].copy_(state.weights)
         if self._compute is not self._weights:
@@ -161,15 +163,16 @@ class AdapterPool:
         """Its rows may be written over from now on."""
         self._placed.remove(pooled)
 
-    def _gap(self, rank: int) -> int:
+    def gap(self, rank: int, gone: Collection[Pooled] = ()) -> int | None:
+        """The first row of an adapter of this rank if those in ``gone`` were not there; None: no room."""
         end = 0
         for pooled in self._placed:
+            if pooled in gone:
+                continue
             if pooled.first - end >= rank:
                 return end
             end = pooled.end
-        if self._num_rows - end < rank:
-            raise PoolFull
-        return end
+        return end if self._num_rows - end >= rank else None
 
     def views(self, first: int, end: int) -> Views:
         found = self._views.get((first, end))

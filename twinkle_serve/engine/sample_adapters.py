@@ -30,6 +30,8 @@ class SampleAdapters:
         self._at_hand: OrderedDict[str, Pooled] = OrderedDict()  # the least recently used first
         self._dropped: list[Pooled] = []  # without a name, but in use
         self._users: Counter[int] = Counter()  # by first row
+        # What was read last and found no room: whoever waits with it asks again.
+        self._unplaced: tuple[str, AdapterState] | None = None
 
     def hold(self, ref: AdapterRef) -> Pooled:
         """The adapter of ``ref``, which stays where it is until it is let go as often as it was held.
@@ -41,20 +43,25 @@ class SampleAdapters:
         """
         found = self._at_hand.get(ref.adapter)
         if found is None:
-            found = self._place(self._shares.ranks.alike(partial(self._read, ref)))
-            self._at_hand[ref.adapter] = found
+            found = self._at_hand[ref.adapter] = self._place(ref.adapter, self._state(ref))
         self._at_hand.move_to_end(ref.adapter)
         self._users[found.first] += 1
         return found
 
-    def let_go(self, pooled: Pooled) -> None:
+    def let_go(self, pooled: Pooled) -> bool:
+        """Whether its place can be another's now: nobody else holds it."""
         self._users[pooled.first] -= 1
-        if self._users[pooled.first] == 0 and pooled in self._dropped:
+        if self._users[pooled.first]:
+            return False
+        if pooled in self._dropped:
             self._dropped.remove(pooled)
             self.pool.remove(pooled)
+        return True
 
     def drop(self, name: str) -> None:
         """Nobody will ask for it any more; whoever holds it goes on."""
+        if self._unplaced is not None and self._unplaced[0] == name:
+            self._unplaced = None
         pooled = self._at_hand.pop(name, None)
         if pooled is None:
             return
@@ -63,17 +70,15 @@ class SampleAdapters:
         else:
             self.pool.remove(pooled)
 
-    def _place(self, state: AdapterState) -> Pooled:
-        while True:
-            try:
-                return self._put(state)
-            except PoolFull:
-                idle = next((name for name, p in self._at_hand.items() if not self._users[p.first]), None)
-                if idle is None:
-                    raise
-                self.drop(idle)
-
-    def _put(self, state: AdapterState) -> Pooled:
+    def _place(self, name: str, state: AdapterState) -> Pooled:
+        rank = state.spec.rank
+        idle = {name: pooled for name, pooled in self._at_hand.items() if not self._users[pooled.first]}
+        if self.pool.gap(rank, gone=idle.values()) is None:
+            self._unplaced = name, state
+            raise PoolFull
+        for other in idle:
+            if self.pool.gap(rank) is None:
+                self.drop(other)
         placed: list[Pooled] = []
         try:
             self._shares.ranks.alike(lambda: placed.append(self.pool.put(state)))
@@ -82,6 +87,12 @@ class SampleAdapters:
                 self.pool.remove(pooled)
             raise
         return placed[0]
+
+    def _state(self, ref: AdapterRef) -> AdapterState:
+        unplaced, self._unplaced = self._unplaced, None
+        if unplaced is not None and unplaced[0] == ref.adapter:
+            return unplaced[1]
+        return self._shares.ranks.alike(partial(self._read, ref))
 
     def _read(self, ref: AdapterRef) -> AdapterState:
         """What may be put into the pool: known on all ranks before any of them has made room for it."""

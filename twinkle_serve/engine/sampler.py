@@ -27,6 +27,7 @@ from twinkle_serve.engine.prompt_scores import score_prompt
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sample_pass import SamplePass
 from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
+from twinkle_serve.engine.sharding.ranks import ends_rank
 from twinkle_serve.engine.text import TokenText
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample
@@ -99,7 +100,9 @@ class Sampler:
         while self.num_active and budget_s > 0:
             try:
                 yield from self._step()
-            except Exception:
+            except Exception as error:
+                if ends_rank(error):
+                    raise
                 logger.exception("a sampling step failed")
                 yield from self._abort()
             yield from self._progress()
@@ -131,6 +134,7 @@ class Sampler:
 
     def _cancel(self, request_id: str) -> None:
         self._waiting = deque(job for job in self._waiting if job.sample.request_id != request_id)
+        self._pool_is_full = False  # it may have been the one that waits for room
         job = self._running.pop(request_id, None)
         if job is not None:
             self._forget(job)
@@ -150,8 +154,7 @@ class Sampler:
             yield Outcome(request_id, failure=Failure("internal error while sampling", "server"))
 
     def _let_go(self, job: Job) -> None:
-        if job.pooled is not None:
-            self._adapters.let_go(job.pooled)
+        if job.pooled is not None and self._adapters.let_go(job.pooled):
             self._pool_is_full = False
 
     def _step(self) -> Iterator[Outcome]:
@@ -188,8 +191,10 @@ class Sampler:
                 assert self._running, "an adapter that fits the pool was refused by an unused one"
                 self._pool_is_full = True
                 return
-            except Exception as error:  # whatever it is, the next step would meet it again
-                self._waiting.popleft()
+            except Exception as error:
+                if ends_rank(error):
+                    raise
+                self._waiting.popleft()  # or the next step would meet it again, whatever it is
                 yield refusal(job.sample, error)
                 continue
             self._waiting.popleft()

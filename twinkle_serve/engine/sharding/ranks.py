@@ -166,6 +166,8 @@ class Ranks:
         if self.size == 1:
             return action()
         result, error = _attempt(action)
+        if error is not None and ends_rank(error):
+            raise error
         sent = error
         if error is not None and not _travels(error):
             sent = PeerFailed(f"rank {self.rank}: {type(error).__name__}: {error}")

@@ -25,7 +25,7 @@ from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
 from twinkle_serve.engine.sample_adapters import SampleAdapters
 from twinkle_serve.engine.sampler import Sampler, refusal
 from twinkle_serve.engine.sequences import Sequence
-from twinkle_serve.engine.sharding.ranks import RankLost
+from twinkle_serve.engine.sharding.ranks import ends_rank
 from twinkle_serve.engine.slots import Adapter
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.work import AdapterRef, Outcome, Progress, Sample
@@ -142,9 +142,9 @@ class SharedSampler(Sampler):
         member = self._members.pop(request_id, None)
         if member is None:
             return
-        self._pool_is_full = False
-        if member.pooled is not None and member.owner != self._ranks.rank:
-            self._adapters.let_go(member.pooled)  # the owner did when its job ended
+        elsewhere = member.owner != self._ranks.rank  # the owner let go when its job ended
+        if elsewhere and member.pooled is not None and self._adapters.let_go(member.pooled):
+            self._pool_is_full = False
 
     def _proposals(self) -> list[Proposal]:
         """The waiting requests that this rank has room for, oldest first."""
@@ -171,9 +171,9 @@ class SharedSampler(Sampler):
             except PoolFull:
                 self._pool_is_full = True
                 return
-            except RankLost:
-                raise
             except Exception as raised:
+                if ends_rank(raised):
+                    raise
                 error = raised
         if member.owner != self._ranks.rank:
             return
@@ -213,9 +213,9 @@ class SharedSampler(Sampler):
         try:
             with torch.no_grad():
                 action() if by_rank[self._ranks.rank] else self._go_along()
-        except RankLost:
-            raise
-        except Exception:
+        except Exception as error:
+            if ends_rank(error):
+                raise
             logger.exception("a sampling step failed")
             self._base.sharding.complete()
             self._outbox += self._abort()
