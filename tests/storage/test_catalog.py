@@ -120,6 +120,30 @@ def test_a_checkpoint_whose_files_are_gone_is_never_listed(
     assert caplog.text == ""
 
 
+def test_a_manifest_with_other_content_takes_its_checkpoint_off_the_list_and_no_other(
+    catalog: Catalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper, damaged = _checkpoint(catalog, "keeper"), _checkpoint(catalog, "damaged")
+    manifest = Path(damaged.directory, "manifest.json")
+    manifest.write_bytes(manifest.read_bytes().replace(b'"size"', b'"sizd"'))
+    assert catalog.load_all().checkpoints == (keeper,)
+    assert "dropped checkpoint session-1:train:0/weights/damaged" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_listed_again_once_it_can(
+    catalog: Catalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper, away = _checkpoint(catalog, "keeper"), _checkpoint(catalog, "away")
+    manifest, aside = Path(away.directory, "manifest.json"), Path(away.directory, "aside")
+    manifest.rename(aside)
+    manifest.symlink_to(manifest)  # ELOOP for whoever opens it, root included
+    assert catalog.load_all().checkpoints == (keeper,)
+    assert "session-1:train:0/weights/away is not listed" in caplog.text
+    manifest.unlink()
+    aside.rename(manifest)
+    assert catalog.load_all().checkpoints == (keeper, away)
+
+
 def test_a_checkpoint_replaced_but_not_listed_again_shows_its_real_size(catalog: Catalog) -> None:
     record = _checkpoint(catalog)
     size = write_checkpoint(record.directory, {"adapter.bin": b"a longer one"}, {"step": 2})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +17,7 @@ from twinkle_serve.storage import checkpoints
 from twinkle_serve.storage.checkpoints import (
     CheckpointDamagedError,
     CheckpointMissingError,
+    copy_checkpoint,
     read_manifest,
     remove_checkpoint,
     sweep,
@@ -111,11 +114,89 @@ def test_missing_checkpoint_and_missing_manifest(tmp_path: Path) -> None:
         read_manifest(tmp_path / "c")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"files": 3}',
+        '{"files": ["a"]}',
+        '{"files": {"a": 5}}',
+        '{"files": {"a": {"sizd": 5, "sha256": "0"}}}',
+        '{"files": {"a": {"size": "5", "sha256": "0"}}}',
+        '{"files": {"a": {"size": 5, "sha256": null}}}',
+        '{"files": {"../a": {"size": 5, "sha256": "0"}}}',
+    ],
+)
 def test_unreadable_manifest_is_damage(tmp_path: Path, text: str) -> None:
     (tmp_path / checkpoints.MANIFEST).write_text(text)
     with pytest.raises(CheckpointDamagedError):
         read_manifest(tmp_path)
+
+
+def test_a_copy_is_the_same_checkpoint_and_stands_on_its_own(tmp_path: Path) -> None:
+    size = write_checkpoint(tmp_path / "c", OLD, {"step": 1})
+    assert copy_checkpoint(tmp_path / "c", tmp_path / "deep" / "copy") == size
+    assert os.path.samefile(tmp_path / "c" / "adapter.bin", tmp_path / "deep" / "copy" / "adapter.bin")
+    remove_checkpoint(tmp_path / "c")
+    assert verify(tmp_path / "deep" / "copy")["step"] == 1
+    assert _contents(tmp_path / "deep" / "copy") == OLD
+    assert os.listdir(tmp_path / "deep") == ["copy"]
+
+
+def test_a_copy_where_the_file_system_cannot_link(tmp_path: Path, monkeypatch) -> None:
+    def cannot(source: Path, target: Path) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", cannot)
+    write_checkpoint(tmp_path / "c", OLD, {"step": 1})
+    copy_checkpoint(tmp_path / "c", tmp_path / "copy")
+    assert verify(tmp_path / "copy")["step"] == 1
+    assert _contents(tmp_path / "copy") == OLD
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+@pytest.mark.parametrize("moment", range(2 * (len(OLD) + 1)))
+def test_a_copy_of_what_is_replaced_meanwhile_is_the_old_one_or_the_new(
+    tmp_path: Path, monkeypatch, moment: int, can_link: bool
+) -> None:
+    """moment: before or after which file is brought."""
+    write_checkpoint(tmp_path / "c", OLD, {"step": 1})
+    bring, steps = os.link if can_link else shutil.copyfile, itertools.count()
+
+    def step() -> None:
+        if next(steps) == moment:
+            write_checkpoint(tmp_path / "c", NEW, {"step": 2})
+
+    def bringing(source: Path, target: Path) -> None:
+        step()
+        bring(source, target)
+        step()
+
+    def cannot(source: Path, target: Path) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", bringing if can_link else cannot)
+    if not can_link:
+        monkeypatch.setattr(shutil, "copyfile", bringing)
+    size = copy_checkpoint(tmp_path / "c", tmp_path / "copy")
+    step_of_copy = verify(tmp_path / "copy")["step"]
+    assert _contents(tmp_path / "copy") == (OLD if step_of_copy == 1 else NEW)
+    assert size == sum(path.stat().st_size for path in (tmp_path / "copy").iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["c", "copy"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _flip])
+def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path, damage) -> None:
+    write_checkpoint(tmp_path / "c", OLD, {})
+    damage(tmp_path / "c" / "adapter.bin")
+    with pytest.raises(CheckpointDamagedError, match=f"{tmp_path / 'c'} cannot be copied: .*adapter.bin"):
+        copy_checkpoint(tmp_path / "c", tmp_path / "copy")
+    assert os.listdir(tmp_path) == ["c"]
+    with pytest.raises(CheckpointMissingError):
+        copy_checkpoint(tmp_path / "none", tmp_path / "copy")
 
 
 def test_remove_is_idempotent(tmp_path: Path) -> None:

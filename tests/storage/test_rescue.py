@@ -15,7 +15,7 @@ import pytest
 
 from twinkle_serve.storage.journal import Journal
 from twinkle_serve.storage.journal_rows import GAP, JournalEntry, RunHistory, StoredResult, StoredSnapshot
-from twinkle_serve.storage.rescue import rescue
+from twinkle_serve.storage.rescue import _has_hole, rescue
 
 RUNS = ("session-a:train:0", "session-b:train:0", "session-c:train:0")
 NUM_EACH = 12
@@ -198,3 +198,22 @@ def test_a_rescue_that_was_interrupted_is_ended(file: Path) -> None:
     histories = _read(file)
     assert all(_seq_ids(histories, run_id) == list(range(NUM_EACH)) for run_id in RUNS)
     assert not file.with_name("journal.sqlite.rescued").exists()
+
+
+@pytest.mark.parametrize(
+    ("seq_ids", "first", "expected"),
+    [
+        ({1, 2, 3}, 1, False),
+        ({1, 3}, 1, True),
+        ({1, 3}, 3, False),
+        ({1, 3}, 2, True),
+        ({2, 3}, 1, True),
+        ({1, 2}, 5, False),
+        ({1, 2**62}, 1, True),  # one that a client parked far ahead of all others
+        ({1, 2**62}, 2**62, False),
+    ],
+)
+def test_a_hole_is_a_number_that_is_missing_from_the_first_that_is_needed_on(
+    seq_ids: set[int], first: int, expected: bool
+) -> None:
+    assert _has_hole(seq_ids, first) is expected

@@ -173,22 +173,20 @@ class Catalog:
         The directory is derived anew, so that a root can be moved; and a writer that died between replacing
         a checkpoint and listing it leaves the old size in the row.
         """
+        name = f"{record.run_id}/{record.kind}/{record.name}"
         directory = self.directory_for(record.run_id, record.kind, record.name)
         try:
             checkpoints.check_sizes(directory)
+            size = sum(self.files(directory).values())
         except checkpoints.CheckpointError as error:
-            _log.error(
-                "dropped checkpoint %s/%s/%s from the list: %s",
-                record.run_id,
-                record.kind,
-                record.name,
-                error,
-            )
+            _log.error("dropped checkpoint %s from the list: %s", name, error)
             self.delete_checkpoint(record.run_id, record.kind, record.name)
             return None
-        return dataclasses.replace(
-            record, directory=directory, size_bytes=sum(self.files(directory).values())
-        )
+        except OSError as error:
+            # It may be whole: it stays in the database for a start at which it can be read.
+            _log.error("checkpoint %s is not listed, for it cannot be read now: %s", name, error)
+            return None
+        return dataclasses.replace(record, directory=directory, size_bytes=size)
 
 
 def _open(url: str) -> sa.Engine:

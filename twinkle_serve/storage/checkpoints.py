@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from twinkle_serve.faults import reach
 MANIFEST = "manifest.json"
 # A run's state and a sampling snapshot are one file each; it checks itself (engine/state_files.py).
 STATE_SUFFIX = ".safetensors"
+_FILE_NAME = re.compile(r"\w[\w.-]*")
 _PARTIAL = ".partial-"
 _PREVIOUS = ".previous"
 _AT_FDCWD = -100
@@ -61,40 +62,25 @@ def write_checkpoint(
     """
     assert "files" not in manifest
     assert MANIFEST not in files
-    target = Path(directory)
-    _make_directories(target.parent)
-    partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex}")
-    partial.mkdir()
-    with _locked(partial):
-        try:
-            listed = {name: _write_file(partial, name, content) for name, content in files.items()}
-            reach("in save")
-            document = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
-            _write_file(partial, MANIFEST, document)
-            _fsync(partial)
-            _install(partial, target)
-        finally:
-            # After an exchange the partial name holds the replaced checkpoint.
-            shutil.rmtree(partial, ignore_errors=True)
+    with _replacing(Path(directory)) as partial:
+        listed = {name: _write_file(partial, name, content) for name, content in files.items()}
+        reach("in save")
+        document = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
+        _write_file(partial, MANIFEST, document)
     return sum(entry["size"] for entry in listed.values()) + len(document)
 
 
 def copy_checkpoint(source: str | Path, target: str | Path) -> int:
     """Put the same checkpoint at ``target``; files are linked if they can be, for nothing ever changes one.
-    Returns the size in bytes. Raises CheckpointError."""
-    manifest = read_manifest(source)
-
-    def bring(path: Path) -> None:
+    If ``source`` is replaced meanwhile, it is that of before or the new one, as a whole. Returns the size in
+    bytes. Raises CheckpointError."""
+    while True:
+        manifest = read_manifest(source)
         try:
-            os.link(Path(source) / path.name, path)
-        except OSError:
-            shutil.copyfile(Path(source) / path.name, path)
-
-    return write_checkpoint(
-        target,
-        dict.fromkeys(manifest["files"], bring),
-        {key: value for key, value in manifest.items() if key != "files"},
-    )
+            return _copy(Path(source), Path(target))
+        except CheckpointError as error:
+            if read_manifest(source) == manifest:
+                raise CheckpointDamagedError(f"{source} cannot be copied: {error}") from None
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -102,11 +88,14 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        assert isinstance(manifest["files"], dict)
+        for name, entry in manifest["files"].items():
+            assert _FILE_NAME.fullmatch(name)
+            assert isinstance(entry["size"], int)
+            assert isinstance(entry["sha256"], str)
         return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointMissingError(f"no checkpoint at {directory}: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise CheckpointDamagedError(f"{path} is not a readable manifest") from None
 
 
@@ -188,8 +177,44 @@ def _make_directories(path: Path) -> None:
         _fsync(path.parent)
 
 
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """An empty directory that is put at ``target`` once it is filled, or is gone if that fails."""
+    _make_directories(target.parent)
+    partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex}")
+    partial.mkdir()
+    with _locked(partial):
+        try:
+            yield partial
+            _fsync(partial)
+            _install(partial, target)
+        finally:
+            # After an exchange the partial name holds the replaced checkpoint.
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> int:
+    with _replacing(target) as partial:
+        _bring(source / MANIFEST, partial / MANIFEST)
+        names = read_manifest(partial)["files"]
+        for name in names:  # all of them before any is read, which takes long
+            _bring(source / name, partial / name)
+        verify(partial)
+        for path in partial.iterdir():
+            _fsync(path)
+        return sum((partial / name).stat().st_size for name in (MANIFEST, *names))
+
+
+def _bring(source: Path, target: Path) -> None:
+    with suppress(FileNotFoundError):  # which whoever reads the copy will say
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
 def _write_file(directory: Path, name: str, content: bytes | Callable[[Path], None]) -> dict[str, Any]:
-    assert re.fullmatch(r"\w[\w.-]*", name), name
+    assert _FILE_NAME.fullmatch(name), name
     path = directory / name
     if isinstance(content, bytes):
         path.write_bytes(content)
