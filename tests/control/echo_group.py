@@ -75,8 +75,10 @@ class EchoGroup:
         self.files: dict[str, History] = {}
         self.writing: list[tuple[str | None, str, History]] = []
         self.on_disk = False
+        self.num_unwilling = 0  # so many restores fail, though nothing is wrong with their files
         self.num_crashes_left = 0
         self.crash_when = lambda tick, phase: False
+        self.fails = lambda tag: tag.startswith("bad")
         self.tried: list[str] = []
         self.num_trying = self.most_trying = 0
         self.raise_in_tick: Exception | None = None
@@ -208,6 +210,9 @@ class EchoGroup:
             self.slots,
             self.ticks[-2:],
         )
+        if self.num_unwilling:
+            self.num_unwilling -= 1
+            return Outcome(restore.request_id, failure=Failure("the disk is away", "server"))
         if restore.path not in self.files:
             return Outcome(restore.request_id, failure=Failure("the file is damaged"))
         self.slots[restore.slot] = Slot(restore.run_id, list(self.files[restore.path]))
@@ -241,7 +246,7 @@ class EchoGroup:
 
     def _pass(self, item: Pass, tag: str) -> Outcome:
         slot = self._slot(item.slot)
-        if tag.startswith("bad"):
+        if self.fails(tag):
             return Outcome(item.request_id, failure=Failure(f"{tag} is bad"))
         if item.backward:
             slot.history.append(tag)

@@ -18,6 +18,7 @@ from tests.control.virtual_time import VirtualClock, virtual
 from twinkle_serve.control import recovery
 from twinkle_serve.control.backend import SaveCommand, SnapshotCommand, UnloadCommand
 from twinkle_serve.control.durability import Durability
+from twinkle_serve.control.polling import HELD
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 from twinkle_serve.protocol.work import Outcome, Tick
@@ -129,6 +130,59 @@ async def test_a_stop_leaves_open_promises_open():
     assert (await poll).state == "pending"
     async with store.opened() as plane:
         assert await again(client, plane).result(request) == ("create", "slow")
+
+
+@virtual
+async def test_a_run_that_cannot_be_restored_now_waits_and_loses_nothing():
+    """As with a disk that is away, or a max_rank that was lowered."""
+    store = Store(snapshot_every_steps=1)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        for seq_id in (1, 3):
+            await client.do(run, seq_id, pass_command(f"p{seq_id}"))
+            await client.do(run, seq_id + 1, optim())
+            await asyncio.sleep(5)
+        await client.do(run, 5, pass_command("p5"))
+    snapshots = store.journal.rows[run].snapshots
+    assert [snapshot.covered for snapshot in snapshots] == [4, 2]
+    group = EchoGroup()
+    group.num_unwilling = 3
+    async with store.opened(group) as plane:
+        client = again(client, plane)
+        other = await client.create(1)
+        waiting = await client.submit(run, 6, pass_command("p6"))
+        await asyncio.sleep(60)
+        assert group.num_unwilling == 1
+        poll = await plane.poll(TENANT, waiting, 0.0)
+        assert (poll.state, poll.queue_state, poll.queue_reason) == ("pending", "paused_capacity", HELD)
+        await client.do(other, 1, pass_command("a"))
+        assert store.journal.rows[run].snapshots == snapshots
+    group = EchoGroup()  # a stop waits for no retry, and the next life begins with a try
+    async with store.opened(group) as plane:
+        expected = ("create", "p1", "optim 1", "p3", "optim 1", "p5", "p6")
+        assert await again(client, plane).result(waiting) == expected
+        assert not plane._books.runs.get(TENANT, run).record.corrupted
+
+
+@virtual
+async def test_a_run_that_could_not_be_restored_is_tried_again():
+    store = Store(snapshot_every_steps=1)
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, optim())
+        await asyncio.sleep(5)
+    group = EchoGroup()
+    group.num_unwilling = 9
+    async with store.opened(group) as plane:
+        client = again(client, plane)
+        assert await client.do(run, 2, pass_command("a")) == ("create", "optim 1", "a")
+        tries = [tick.tick_id for tick in group.ticks if tick.restores]
+        assert len(tries) == 10
+        waited = asyncio.get_running_loop().time()
+        assert waited > 30 * (2**7 - 1) + 2 * 3600  # less and less often, but each hour
+        assert await client.do(run, 3, pass_command("b")) == ("create", "optim 1", "a", "b")
 
 
 @virtual

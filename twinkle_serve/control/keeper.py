@@ -22,6 +22,7 @@ from typing import Any
 from twinkle_serve.config import StorageConfig
 from twinkle_serve.control.backend import LoadCommand, OptimCommand, Poll
 from twinkle_serve.control.books import Books
+from twinkle_serve.control.clock import Timer
 from twinkle_serve.control.codec import encode_command, encode_result
 from twinkle_serve.control.commands import BirthCommand, RestoreCommand, RunCommand, RunEntry, num_tokens
 from twinkle_serve.control.durability import Durability
@@ -36,6 +37,7 @@ from twinkle_serve.storage.journal_rows import GAP, JournalEntry, StoredResult, 
 logger = logging.getLogger(__name__)
 _PATIENCE_S = 10.0
 _RETRY_S = 30.0
+_LONGEST_RETRY_S = 3600.0
 _SETTLE_POLL_S = 0.05
 _EXPIRE_EVERY_S = 60.0
 
@@ -65,6 +67,7 @@ class Keeper:
         self._new_token = new_token
         self._writing: dict[str, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._retries: dict[str, Timer] = {}  # of restores, by run
         self._expired_at = 0.0
         # Of the tick that runs, by group: how much work each run has in it, and who is snapshotted.
         self._work: dict[str, Counter[str]] = defaultdict(Counter)
@@ -323,16 +326,29 @@ class Keeper:
         return self.books.promises.settled(request_id)
 
     def restored(self, run: Run) -> None:
-        self.kept[run.run_id].is_restoring = False
+        kept = self.kept[run.run_id]
+        kept.is_restoring, kept.num_failed_restores = False, 0
 
-    def not_restored(self, run: Run, covered: int, reason: str) -> None:
-        """The file is damaged: nothing of the run may be done until an older one is in its place."""
+    def damaged(self, run: Run, covered: int, reason: str) -> None:
+        """The file is of no use: nothing of the run may be done until an older one is in its place."""
         logger.error("the snapshot of run %s at %d is of no use: %s", run.run_id, covered, reason)
         kept = self.kept[run.run_id]
         kept.is_restoring = False
         kept.bad.append(covered)
         kept.snapshots = [snapshot for snapshot in kept.snapshots if snapshot.covered != covered]
         self.start(self.unreadable(run, run.log.hold(), reason))
+
+    def not_restored(self, run: Run, reason: str) -> None:
+        """The file may be fine, but a disk is away or the configuration does not let the run in: all that was
+        accepted waits, and it is tried again, less and less often."""
+        kept = self.kept[run.run_id]
+        delay = min(_RETRY_S * 2**kept.num_failed_restores, _LONGEST_RETRY_S)
+        kept.num_failed_restores += 1
+        logger.error("run %s is not restored, next try in %g s: %s", run.run_id, delay, reason)
+        held = run.log.hold()
+        self._retries[run.run_id] = self.books.clock.call_later(
+            delay, lambda: self.start(self.unreadable(run, held, reason))
+        )
 
     # idle and finished runs -----------------------------------------------------------------------
 
@@ -398,6 +414,8 @@ class Keeper:
 
     async def close(self, timeout_s: float) -> None:
         """Wait for what is being listed, then give it up."""
+        for timer in self._retries.values():
+            timer.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in list(self._tasks):

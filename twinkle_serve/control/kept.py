@@ -50,7 +50,8 @@ class Kept:
     numbered them. noted: by request, outcomes of what must not be done again. untold: a load before which the
     run does not go on. dirty_since: when the oldest change that no snapshot covers was
     made. debt_s: how long it took to do what no snapshot covers. hold_s: how long the last snapshot held up
-    the tick that it was in.
+    the tick that it was in. num_failed_restores: how often in a row the newest snapshot could not be put into
+    a slot, though it may be whole.
     """
 
     run: Run
@@ -64,6 +65,7 @@ class Kept:
     num_steps: int = 0
     debt_s: float = 0.0
     hold_s: float = 0.0
+    num_failed_restores: int = 0
     dirty_since: float | None = None
     not_before: float = 0.0
     is_urgent: bool = False

@@ -147,7 +147,10 @@ class Orders:
 
         def failed(failure: Failure) -> None:
             self._give_up(run.run_id)
-            keeper.not_restored(run, command.covered, failure.message)
+            if failure.category == "user":
+                keeper.damaged(run, command.covered, failure.message)
+            else:
+                keeper.not_restored(run, failure.message)
 
         assembly.flights[request_id] = Flight(request_id, lambda _: keeper.restored(run), failed)
         return lambda slot: assembly.restores.append(RestoreRun(request_id, run.run_id, slot, command.path))

@@ -20,6 +20,7 @@ from twinkle_serve.control.quotas import Reason
 from twinkle_serve.control.sampling import Sampling
 
 RECOVERING = "the service is recovering from a failure; nothing that was accepted is lost"
+HELD = "this run cannot be restored at the moment; it is tried again, and nothing that was accepted is lost"
 _NOT_SERVED = "the base model of this run is not loaded"
 _FULL = "this server's room for adapters is full; a new run starts once another one ends"
 
@@ -53,15 +54,19 @@ class Polling:
         return self._look(tenant, request_id)
 
     def _look(self, tenant: str, request_id: str) -> Poll:
-        poll = self._books.promises.look(tenant, request_id)
+        promises = self._books.promises
+        poll = promises.look(tenant, request_id)
         if poll.state != "pending":
             return poll
-        origin = self._books.promises.origin(request_id)
+        origin = promises.origin(request_id)
         drivers = self._drivers_of(origin)
         if not drivers:
             return replace(poll, queue_state="paused_capacity", queue_reason=_NOT_SERVED)
         if any(driver.lost is not None for driver in drivers):
             return replace(poll, queue_state="paused_capacity", queue_reason=RECOVERING)
+        run = self._books.runs.find(promises.run_of(request_id) or "")
+        if run is not None and run.log.is_held:
+            return replace(poll, queue_state="paused_capacity", queue_reason=HELD)
         limit = self._over_limit(tenant, request_id, origin)
         if limit is not None:
             return replace(poll, queue_state=limit[0], queue_reason=limit[1])

@@ -97,7 +97,8 @@ def _skip_covered(kept: Kept) -> list[int]:
 
 
 async def fall_back(keeper: Keeper, run: Run, held: Sequence[RunEntry], reason: str) -> None:
-    """The newest snapshot cannot be read: go back to the one before it. ``held``: what is to follow."""
+    """The newest snapshot could not be restored: now it can perhaps, or the one before it has taken its
+    place. ``held``: what is to follow."""
     kept = keeper.kept[run.run_id]
     if kept.snapshots or kept.done[:1] == [0]:
         await _rewind(keeper, kept)

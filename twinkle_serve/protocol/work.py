@@ -54,7 +54,7 @@ class LoadAdapter:
 @dataclass(frozen=True, slots=True)
 class RestoreRun:
     """Put the run that PersistRun wrote to the file ``path`` into the free ``slot``, exactly as it was.
-    Answers None."""
+    Answers None. A failure of category "server" says nothing about the file: it may be restored later."""
 
     request_id: str
     run_id: str
