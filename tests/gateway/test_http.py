@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -10,10 +13,12 @@ from tests.gateway.scripted import ScriptedBackend
 from tests.protocol import sdk_bodies as sdk
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import PassCommand
+from twinkle_serve.gateway import training
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.context import _CACHE_SIZE, Call, Gateway
 from twinkle_serve.gateway.identity import OpenIdentity
 from twinkle_serve.gateway.links import Links
+from twinkle_serve.protocol.forward import CheckedPass, check_pass
 
 
 @pytest.fixture
@@ -55,6 +60,37 @@ async def test_what_is_kept_comes_in_small_bodies_wherever_the_limit_of_all_is(
         answer = await client.post(f"/{route}", content=content, headers={"X-API-Key": "tml-test"})
     assert answer.status_code == 413
     assert "at most 1048576" in answer.json()["detail"]
+
+
+async def test_while_a_large_pass_is_decoded_others_are_answered(
+    client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    inside: list[int] = []
+
+    def slowly(*given: Any) -> CheckedPass:
+        inside.append(1)
+        begun.set()
+        assert go_on.wait(20)
+        assert inside.pop() == 1
+        assert not inside, "one at a time"
+        return check_pass(*given)
+
+    monkeypatch.setattr(training, "check_pass", slowly)
+    large = [sdk.cross_entropy([1] * 30)] * 200
+    bodies = [sdk.forward_proto(large, seq_id) for seq_id in (1, 2)]
+    sent = [
+        asyncio.create_task(client.post("/forward_backward", content=body, headers=sdk.PROTO))
+        for body in bodies
+    ]
+    await asyncio.to_thread(begun.wait, 20)
+    answer = await client.post("/session_heartbeat", json={"session_id": "s"})
+    assert answer.status_code == 200
+    assert backend.commands == []
+    go_on.set()
+    assert [answer.status_code for answer in await asyncio.gather(*sent)] == [200, 200]
+    assert sorted(seq_id or 0 for _, seq_id, _ in backend.commands) == [1, 2]
+    assert all(isinstance(command, PassCommand) for _, _, command in backend.commands)
 
 
 async def test_a_compressed_body(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:

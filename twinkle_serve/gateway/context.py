@@ -5,10 +5,12 @@ Knows how to reach them from a request. Keeps no state that another replica woul
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
 
@@ -51,6 +53,8 @@ class Gateway:
     losses: dict[tuple[str, str], str] = field(default_factory=dict)
     doors: Doors = field(default_factory=Doors)
     publisher: Publisher | None = None
+    # By tenant: held while one of its large requests is made into arrays.
+    decoding: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ for that number.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -46,6 +47,7 @@ from twinkle_serve.protocol.recipients import check_recipients
 from twinkle_serve.protocol.results import PROTOBUF
 
 router = APIRouter(tags=["training"])
+_SMALL_PASS_BYTES = 2**16
 
 
 @router.post("/create_model", openapi_extra=describes(wire.CreateModel))
@@ -156,7 +158,7 @@ def promise(request_id: str, model_id: str | None = None) -> Response:
 
 async def _submit(call: Call, body: Mapping[str, Any], build: Callable[[], Command]) -> Response:
     model_id, seq_id = address(body)
-    return await _submit_to(call, model_id, seq_id, build)
+    return await _submit_command(call, model_id, seq_id, _built(build))
 
 
 async def _submit_pass(call: Call, envelope: ForwardEnvelope, body_bytes: int) -> Response:
@@ -168,7 +170,14 @@ async def _submit_pass(call: Call, envelope: ForwardEnvelope, body_bytes: int) -
             check = partial(check_uploaded, envelope, await call.custom_loss(loss_id), limits)
     except (UserError, NotFound) as error:
         check = partial(_refuse, str(error))
-    return await _submit_to(call, envelope.model_id, envelope.seq_id, lambda: _pass(check()))
+    if body_bytes <= _SMALL_PASS_BYTES:
+        command = _built(lambda: _pass(check()))
+    else:
+        # Seconds of work, at the worst: not where everybody's polls are answered, and for one tenant not
+        # several times at once.
+        async with call.gateway.decoding.setdefault(call.tenant, asyncio.Lock()):
+            command = await asyncio.to_thread(_built, lambda: _pass(check()))
+    return await _submit_command(call, envelope.model_id, envelope.seq_id, command)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -176,11 +185,14 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(message)
 
 
-async def _submit_to(call: Call, model_id: str, seq_id: int | None, build: Callable[[], Command]) -> Response:
+def _built(build: Callable[[], Command]) -> Command:
     try:
-        command = build()
+        return build()
     except UserError as error:
-        command = RejectedCommand(error.as_failure())
+        return RejectedCommand(error.as_failure())
+
+
+async def _submit_command(call: Call, model_id: str, seq_id: int | None, command: Command) -> Response:
     return promise(await call.backend.submit(call.tenant, model_id, seq_id, command), model_id)
 
 
