@@ -62,7 +62,9 @@ class ModelConfig(Strict):
     path: str = Field(min_length=1, description="local directory, or ms://owner/model on ModelScope")
     revision: str | None = Field(None, description="pinned hub revision")
     checksums: bool = Field(
-        False, description="before loading, compare the weight files with SHA256SUMS in their directory"
+        False,
+        description="before loading, compare the weight files with SHA256SUMS in their directory, on every "
+        "machine that has ranks",
     )
     ranks: int = Field(1, ge=1, le=1024, description="processes that share the base model")
     groups: int = Field(

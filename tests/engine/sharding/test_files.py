@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.base_model import UnsupportedModel, load_base_model
 from twinkle_serve.engine.sharding.files import CHECKSUMS, INDEX, DamagedModel, WeightFiles
+from twinkle_serve.engine.sharding.place import RankPlace
+from twinkle_serve.engine.sharding.ranks import Ranks
+from twinkle_serve.testing.crew import Crew
 
 HEAD = "lm_head.weight"
 
@@ -35,6 +38,18 @@ def copy(tiny_moe: Path, tmp_path: Path) -> Path:
 
 def load(directory: Path, **fields: bool) -> None:
     load_base_model(ModelConfig(name="m", path=str(directory), num_threads=1, **fields), directory)
+
+
+def write_checksums(directory: Path) -> None:
+    names = ["a.safetensors", "b.safetensors"]
+    lines = [f"{hashlib.sha256((directory / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (directory / CHECKSUMS).write_text("".join(lines))
+
+
+def flip_last_bit(path: Path) -> None:
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
 
 
 def test_tensors_and_slices_of_them(copy: Path, tiny_moe: Path) -> None:
@@ -77,19 +92,36 @@ def test_an_index_that_is_no_index_is_named(copy: Path) -> None:
 def test_checksums_are_compared_if_asked_for(copy: Path) -> None:
     with pytest.raises(DamagedModel, match="SHA256SUMS is missing"):
         load(copy, checksums=True)
-    names = ["a.safetensors", "b.safetensors"]
-    lines = [f"{hashlib.sha256((copy / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (copy / CHECKSUMS).write_text("".join(lines))
+    write_checksums(copy)
     load(copy, checksums=True)
-    changed = bytearray((copy / "b.safetensors").read_bytes())
-    changed[-1] ^= 1
-    (copy / "b.safetensors").write_bytes(changed)
+    flip_last_bit(copy / "b.safetensors")
     load(copy)
     with pytest.raises(DamagedModel, match=r"b\.safetensors does not have the sha256"):
         load(copy, checksums=True)
-    WeightFiles(copy).verify(0, 2)  # the other file is this rank's
-    with pytest.raises(DamagedModel):
-        WeightFiles(copy).verify(1, 2)
+
+
+def verify(place: RankPlace, directory: Path) -> str:
+    """What is wrong with the files that this rank looks at."""
+    ranks = Ranks.join(place, torch.device("cpu"))
+    try:
+        WeightFiles(directory).verify(ranks)
+    except DamagedModel as error:
+        return str(error).removeprefix(f"{directory}/").split()[0]
+    return ""
+
+
+def test_ranks_divide_the_files_of_a_directory_that_they_share_and_check_each_copy(
+    copy: Path, tmp_path: Path, two: Crew
+) -> None:
+    write_checksums(copy)
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    for name in ("a.safetensors", "b.safetensors"):
+        flip_last_bit(other / name)
+    assert two.run_each(verify, [[other], [other]]) == ["a.safetensors", "b.safetensors"]
+    assert two.run_each(verify, [[copy], [other]]) == ["", "a.safetensors"]
+    flip_last_bit(other / "a.safetensors")
+    assert two.run_each(verify, [[other], [copy]]) == ["b.safetensors", ""]
 
 
 def test_a_directory_without_weights_is_refused(copy: Path) -> None:

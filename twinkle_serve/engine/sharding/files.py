@@ -1,7 +1,7 @@
 """A model's weight files: which tensor lies in which file, read tensor by tensor or slice by slice.
 
 Knows safetensors and their index, and says what is wrong with a directory before minutes were spent on it.
-Does not know models or ranks.
+Does not know models, nor which of its tensors a rank needs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from twinkle_serve.engine.sharding.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "SHA256SUMS"
@@ -58,18 +61,20 @@ class WeightFiles:
         """A tensor, or rows ``first:end`` of it; nothing else is read from disk."""
         return self._file_of[name].get_slice(name)[first:end]
 
-    def verify(self, rank: int = 0, size: int = 1) -> None:
-        """Compare the weight files with ``SHA256SUMS`` in the directory, as ``sha256sum`` writes it; each of
-        ``size`` ranks a part of them.
+    def verify(self, ranks: Ranks) -> None:
+        """Compare the weight files with ``SHA256SUMS`` in the directory, as ``sha256sum`` writes it. Of ranks
+        that read the same directory of one machine each takes a part; every machine's copy is compared.
 
         Raises DamagedModel, also if there is no such file or it does not list a weight file.
         """
+        identity = self._directory.stat()
+        place, count = ranks.sharing((socket.gethostname(), identity.st_dev, identity.st_ino))
         path = self._directory / CHECKSUMS
         if not path.is_file():
             raise DamagedModel(f"{path} is missing; write it with: sha256sum *.safetensors > {CHECKSUMS}")
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
         wanted = {name.lstrip("*").strip(): digest for digest, name in lines}
-        for name in self._names()[rank::size]:
+        for name in self._names()[place::count]:
             logger.info("checking %s", self._directory / name)
             with (self._directory / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -126,6 +126,11 @@ class Ranks:
             dist.all_gather_object(items, item)
         return items
 
+    def sharing(self, thing: object) -> tuple[int, int]:
+        """This rank's place among those whose ``thing`` is equal to its own, and how many they are."""
+        things = self.everyone(thing)
+        return things[: self.rank].count(thing), things.count(thing)
+
     def any(self, flag: bool) -> bool:
         return flag if self.size == 1 else any(self.everyone(flag))
 
