@@ -186,6 +186,27 @@ async def test_a_run_that_could_not_be_restored_is_tried_again():
 
 
 @virtual
+async def test_a_pass_that_failed_by_accident_does_not_succeed_when_it_is_done_again():
+    """Its client may have sent it once more: the gradient would count twice."""
+    store = Store()
+    unlucky = EchoGroup()
+    unlucky.fails = lambda tag: tag == "b"
+    async with store.opened(unlucky) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a"))
+        failure = await client.failure(await client.submit(run, 2, pass_command("b")))
+        unlucky.fails = lambda tag: False
+        unlucky.crash_when = lambda tick, phase: unlucky.rebuilds == 0
+        assert await client.do(run, 3, pass_command("c")) == ("create", "a", "c")
+        assert unlucky.rebuilds == 1
+    async with store.opened() as plane:
+        client = again(client, plane)
+        assert await client.do(run, 4, pass_command("d")) == ("create", "a", "c", "d")
+        assert await client.failure(await client.submit(run, 2, pass_command("b"))) == failure
+
+
+@virtual
 async def test_a_second_coordinator_fences_the_first():
     store = Store()
     async with store.opened() as old:
