@@ -109,7 +109,7 @@ def test_temperature_zero_is_the_largest_logit_at_temperature_one() -> None:
     torch.testing.assert_close(drawn.logprobs, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e30])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-30, 1e-6, 1e30])
 def test_extreme_temperatures_stay_finite(temperature: float) -> None:
     logits = torch.randn(3, 700) * 30
     drawn = draw_tokens(logits.clone(), [params(temperature, seed=n) for n in range(3)])

@@ -26,6 +26,9 @@ cuts, and whose nucleus is wider, sorts more, and then more."""
 
 _EMPTY_CELL = (0, -99999.0)
 
+_COLDEST = 1e-30
+"""A lower temperature draws the same, and what is lower still is 0 in float32."""
+
 
 class DrawParams(NamedTuple):
     """How one row's next token is drawn; ``uniform`` in [0, 1) is the row's random number."""
@@ -79,7 +82,7 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[DrawParams], topk: int = 
     before top_k and top_p cut it; at temperature 0, under that at temperature 1.
     """
     assert len(params) == logits.shape[0]
-    temperatures = [1.0 if p.temperature == 0 else p.temperature for p in params]
+    temperatures = [1.0 if p.temperature == 0 else max(p.temperature, _COLDEST) for p in params]
     logits -= logits.amax(dim=1, keepdim=True)  # before dividing: a tiny temperature must not overflow
     if any(temperature != 1 for temperature in temperatures):
         logits /= torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]

@@ -9,24 +9,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_MISSING = "stop strings need a tokenizer and this base model has none"
+
 
 class TokenText:
     """The tokenizer, loaded when the first stop string asks for it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, vocab_size: int) -> None:
         self._directory = directory
+        self._vocab_size = vocab_size
         self._tokenizer: Any = None
 
     def load(self) -> None:
-        """Raises ValueError if the model directory has no tokenizer."""
+        """Raises ValueError if the model directory has no tokenizer of this model."""
         if self._tokenizer is not None:
             return
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._directory)
+            found: Any = AutoTokenizer.from_pretrained(self._directory)
         except (OSError, ValueError) as error:
-            raise ValueError("stop strings need a tokenizer and this base model has none") from error
+            raise ValueError(_MISSING) from error
+        # For some models transformers makes an empty one where there are no files. Models have more rows than
+        # their tokenizer has tokens, for good measure, but not many times as many.
+        if 10 * len(found) < self._vocab_size:
+            raise ValueError(_MISSING)
+        self._tokenizer = found
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
