@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -38,6 +39,10 @@ def save(checkpoints: Checkpoints, name: str = "n", overwrite: bool = False, **f
     return replace(record, size_bytes=7)
 
 
+def full(*args: object, **more: object) -> None:
+    raise OSError("No space left on device")
+
+
 def test_a_checkpoint_is_listed_when_it_is_whole(checkpoints, catalog):
     checkpoints.reserve("run", "weights", "n", False)
     with pytest.raises(NotFound):
@@ -66,6 +71,32 @@ def test_a_failed_save_frees_the_name(checkpoints):
     checkpoints.reserve("run", "weights", "n", False)
     checkpoints.release(("run", "weights", "n"))
     save(checkpoints)
+
+
+def test_a_save_that_cannot_be_listed_leaves_neither_its_name_taken_nor_files(checkpoints, catalog):
+    with patch.object(catalog, "put_checkpoint", full), pytest.raises(OSError, match="No space left"):
+        save(checkpoints)
+    assert not checkpoints.is_saving(PATH)
+    assert not Path(catalog.directory_for("run", "weights", "n")).exists()
+    record = save(checkpoints)
+    with patch.object(catalog, "put_checkpoint", full), pytest.raises(OSError, match="No space left"):
+        save(checkpoints, overwrite=True)
+    assert checkpoints.find("alice", PATH) == record
+    assert Path(record.directory).exists()
+
+
+def test_what_the_catalogue_does_not_take_is_not_so(checkpoints, catalog):
+    record = save(checkpoints)
+    with patch.object(catalog, "set_checkpoint", full):
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.publish(record, True)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.set_ttl(record, 3600, 0.0)
+    assert checkpoints.find("alice", PATH) == record
+    with pytest.raises(NotFound):
+        checkpoints.find("bob", PATH)
+    checkpoints.expire(1e9)
+    assert checkpoints.find("alice", PATH) == record
 
 
 def test_only_its_tenant_sees_a_checkpoint_until_it_is_public(checkpoints):

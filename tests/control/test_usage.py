@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from tests.control.echo_group import pass_command
-from tests.control.plane import Client, control_plane
+from tests.control.echo_group import EchoGroup, pass_command
+from tests.control.plane import TENANT, Client, control_plane
 from tests.control.virtual_time import EPOCH, virtual
 from twinkle_serve.control.backend import SaveCommand
+from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.storage.ledger import Ledger
 
 
@@ -52,4 +54,46 @@ async def test_what_was_counted_outlives_the_server(tmp_path: Path) -> None:
     async with control_plane(tmp_path, ledger=ledger) as plane:
         bill = await plane.bill(client.tenant, EPOCH - 7200, EPOCH + 7200)
     assert [line["event_info"] for line in bill["data"]] == [{"type": "training", "token_count": 10}]
+    ledger.close()
+
+
+def full(*args: object) -> None:
+    raise OSError("No space left on device")
+
+
+async def events(plane: ControlPlane) -> list[str]:
+    return [event["event"] for event in await plane.audit(TENANT, "2023-11-14", "all")]
+
+
+@virtual
+async def test_an_audit_log_that_cannot_be_written_holds_up_nothing_and_lacks_nothing_later(tmp_path, caplog):
+    ledger = Ledger(tmp_path)
+    group = EchoGroup()
+    group.on_disk = True
+    async with control_plane(tmp_path, group, ledger=ledger) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        with patch.object(ledger, "note", full):
+            path = (await client.do(run, 1, SaveCommand("weights", "n")))["path"]
+            assert "manifest.json" in await plane.checkpoint_files(TENANT, path)
+            await plane.publish_checkpoint(TENANT, path, True)
+            await plane.delete_checkpoint(TENANT, path)
+            assert await events(plane) == []
+        assert "No space left" in caplog.text
+        await asyncio.sleep(120)
+        happened = ["created", "read", "published", "deleted"]
+        assert await events(plane) == [f"checkpoint_{event}" for event in happened]
+        await client.do(run, 2, SaveCommand("weights", "n"))
+        assert (await events(plane))[4:] == ["checkpoint_created"]
+    ledger.close()
+
+
+@virtual
+async def test_events_that_could_not_be_written_are_at_the_end_of_a_life(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    async with control_plane(tmp_path, ledger=ledger) as plane:
+        client = await Client(plane).open()
+        with patch.object(ledger, "note", full):
+            await client.do(await client.create(), 1, SaveCommand("weights", "n"))
+    assert [event.event for event in ledger.events(TENANT, 0, 1e12)] == ["checkpoint_created"]
     ledger.close()

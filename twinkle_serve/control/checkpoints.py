@@ -85,11 +85,15 @@ class Checkpoints:
         return directory
 
     def commit(self, record: CheckpointRecord, size_bytes: int) -> None:
-        """The save is on disk: list it."""
+        """The save is over, and on disk: list it. If this raises, it has failed."""
         record = replace(record, size_bytes=size_bytes)
-        self.release(key_of(record))
         self._doomed.discard(record.directory)
-        self._catalog.put_checkpoint(record)
+        try:
+            self._catalog.put_checkpoint(record)
+        except Exception:
+            self.discard(key_of(record), record.directory)
+            raise
+        self.release(key_of(record))
         self.restore(record)
         self.noted("created", record)
 
@@ -98,6 +102,12 @@ class Checkpoints:
         self._saving[key] -= 1
         if not self._saving[key]:
             del self._saving[key]
+
+    def discard(self, key: Key, directory: str) -> None:
+        """The save is over, and failed when its files may have been there already."""
+        self.release(key)
+        if key not in self._records and not self._saving[key]:
+            self._catalog.remove_directory(directory)
 
     def is_saving(self, path: str) -> bool:
         """Whether a save to that path is under way; whoever wants to read it should wait."""
@@ -205,8 +215,9 @@ class Checkpoints:
         return 0 if record is None else record.size_bytes
 
     def _update(self, record: CheckpointRecord) -> None:
-        self._records[key_of(record)] = record
+        # First on disk: nobody may see what did not become so.
         self._catalog.set_checkpoint(*key_of(record), public=record.public, expires_at=record.expires_at)
+        self._records[key_of(record)] = record
 
 
 def _key(path: str) -> Key:

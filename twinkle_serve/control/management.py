@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,10 @@ from twinkle_serve.control.runs import run_id_for
 from twinkle_serve.control.search import matches, place_of, summary
 from twinkle_serve.control.usage import project_of
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
+from twinkle_serve.storage.checkpoints import CheckpointError
 from twinkle_serve.storage.records import CheckpointRecord, RunRecord
+
+logger = logging.getLogger(__name__)
 
 
 class Management(OnRecord):
@@ -47,8 +51,8 @@ class Management(OnRecord):
             return path_of(key)  # sent twice
         if books.checkpoints.is_saving(path_of(key)):
             raise BackendUnavailable("this copy is being made; ask again")
-        if books.runs.find(key[0]) is not None:
-            raise Invalid(f"model_seq_id {number} of session {session_id!r} is taken")
+        self._check_not_replaced(source)
+        self._check_free(source, session_id, number)
         books.quotas.check_checkpoints(tenant)
         await self._copy(source, tenant, session_id, number, key, ttl_seconds)
         return path_of(key)
@@ -65,17 +69,13 @@ class Management(OnRecord):
         """The files are linked, not written again. The new run holds the copy and cannot be trained."""
         books, now = self._books, self._books.clock.now()
         directory = books.checkpoints.reserve(*key, overwrite=False)
-        books.checkpoints.pin(source.directory)
         try:
-            size = await asyncio.to_thread(books.checkpoints.copy_files, source, directory)
+            size = await self._copy_files(source, directory)
+            self._check_free(source, session_id, number)
+            self._make_holder(source, tenant, session_id, number, now)
         except BaseException:
-            books.checkpoints.release(key)
+            books.checkpoints.discard(key, directory)
             raise
-        finally:
-            books.checkpoints.unpin(source.directory)
-        run = RunRecord(key[0], session_id, number, tenant, source.base_model, source.spec, now, now)
-        books.runs.create(replace(run, unloaded=True))
-        books.sessions.get(tenant, session_id).models[number] = (key[0], None)
         expires_at = None if ttl_seconds is None else now + ttl_seconds
         copy = replace(
             source,
@@ -89,6 +89,50 @@ class Management(OnRecord):
         )
         assert key_of(copy) == key
         books.checkpoints.commit(copy, size)
+
+    async def _copy_files(self, source: CheckpointRecord, directory: str) -> int:
+        """The size of what is at ``directory`` then: what the save wrote that ``source`` is the record of."""
+        checkpoints = self._books.checkpoints
+        checkpoints.pin(source.directory)
+        try:
+            size = await asyncio.to_thread(checkpoints.copy_files, source, directory)
+        except CheckpointError as error:
+            self._check_not_replaced(source)
+            path = path_of(key_of(source))
+            logger.error("%s is not copied: %s", path, error)
+            raise Invalid(f"{path} cannot be copied: its files are damaged") from None
+        finally:
+            checkpoints.unpin(source.directory)
+        self._check_not_replaced(source)
+        return size
+
+    def _check_not_replaced(self, source: CheckpointRecord) -> None:
+        key = key_of(source)
+        listed = self._books.checkpoints.at(key)
+        is_other = listed is not None and listed.seq_id != source.seq_id
+        if is_other or self._books.checkpoints.is_saving(path_of(key)):
+            raise BackendUnavailable(f"{path_of(key)} is being saved anew; ask again")
+
+    def _check_free(self, source: CheckpointRecord, session_id: str, number: int) -> None:
+        """Raises Invalid unless a copy of ``source`` may have that number: nobody has it, or a copy had that
+        failed when all but its listing was done."""
+        run = self._books.runs.find(run_id_for(session_id, number))
+        if run is not None and not self._is_left_over(run.record, source):
+            raise Invalid(f"model_seq_id {number} of session {session_id!r} is taken")
+
+    def _is_left_over(self, run: RunRecord, source: CheckpointRecord) -> bool:
+        was_never_used = run.unloaded and run.last_request_at == run.created_at
+        is_fit = (run.base_model, run.spec) == (source.base_model, source.spec)
+        return was_never_used and is_fit and not self._books.checkpoints.of_run(run.run_id)
+
+    def _make_holder(
+        self, source: CheckpointRecord, tenant: str, session_id: str, number: int, now: float
+    ) -> None:
+        run_id, session = run_id_for(session_id, number), self._books.sessions.get(tenant, session_id)
+        if self._books.runs.find(run_id) is None:
+            run = RunRecord(run_id, session_id, number, tenant, source.base_model, source.spec, now, now)
+            self._books.runs.create(replace(run, unloaded=True))
+        session.models[number] = (run_id, None)
 
     def _archive(self, tenant: str, project_id: str | None, once: str) -> str:
         """A session of its own for a copy, the same if the request is sent again; over from the start."""

@@ -6,7 +6,8 @@ Knows kinds of usage and hours. Does not know limits (quotas.py), prices, or who
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
+from collections import Counter, deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -18,10 +19,14 @@ from twinkle_serve.control.views import text_values, timestamp
 from twinkle_serve.storage.ledger import Event, Ledger, UsageKey
 from twinkle_serve.storage.records import CheckpointRecord
 
+logger = logging.getLogger(__name__)
+
 HOUR_S, DAY_S = 3600.0, 86_400.0
 _KEPT_S = 100 * DAY_S
 _WRITE_EVERY_S = 60.0
 _GIGABYTE = 1e9
+# Events that could not be written yet; if there are more, the oldest are lost.
+_MAX_UNNOTED = 10_000
 # What Watch calls tokens, and the bill's word for them.
 _TOKENS = {
     "train": "training",
@@ -42,6 +47,7 @@ class Usage:
         self._sessions = sessions
         self._checkpoints = checkpoints
         self._unwritten: Counter[UsageKey] = Counter()
+        self._unnoted: deque[tuple[str, Event]] = deque(maxlen=_MAX_UNNOTED)
         self._written_at = clock.now()
 
     # what happens ---------------------------------------------------------------------------------
@@ -59,7 +65,8 @@ class Usage:
             details: dict[str, Any] = {"tinker_path": path_of(key_of(record)), "model_id": record.run_id}
             if by is not None and by != record.tenant:
                 details["by"] = "another tenant"
-            self._ledger.note(record.tenant, Event(self._clock.now(), f"checkpoint_{event}", details))
+            self._unnoted.append((record.tenant, Event(self._clock.now(), f"checkpoint_{event}", details)))
+            self._note()
 
     def sweep(self) -> None:
         """To be called every few seconds."""
@@ -68,6 +75,7 @@ class Usage:
 
     def write(self) -> None:
         """Bring what was counted to the ledger, and what lay on disk meanwhile."""
+        self._note()
         now = self._clock.now()
         hours, self._written_at = (now - self._written_at) / HOUR_S, now
         for tenant, num_bytes in self._checkpoints.sizes.items():
@@ -78,6 +86,15 @@ class Usage:
             self._ledger.add(self._unwritten)
             self._unwritten.clear()  # not before: what could not be written is written next time
             self._ledger.forget(now - _KEPT_S)
+
+    def _note(self) -> None:
+        """Whatever becomes of it, what is noted was done and stays done."""
+        try:
+            while self._ledger is not None and self._unnoted:
+                self._ledger.note(*self._unnoted[0])
+                self._unnoted.popleft()
+        except Exception as error:
+            logger.error("%d events are not in the audit log yet: %s", len(self._unnoted), error)
 
     def _count(self, tenant: str, session_id: str, base_model: str, kind: str, amount: float) -> None:
         if amount:
