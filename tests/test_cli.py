@@ -148,15 +148,25 @@ def start(config: Path, tiny_llama: Path) -> Iterator[Callable[..., Any]]:
     """Start ``up`` on the tiny model; every process it started is known by being below it."""
     started: list[Any] = []
 
-    def start(*overrides: str, log: str = "server.log") -> RunningServer:
+    def start(name: str, temporary: Path, *overrides: str) -> RunningServer:
+        """temporary: where this server has its temporary files."""
         settings = [f"models.0.path={tiny_llama}", "models.0.num_threads=1", *overrides]
-        context = running_server(config, settings, log=config.with_name(log))
+        settings += [f"storage.root={name}", "http.replicas=1"]
+        log, environment = config.with_name(f"{name}.log"), {"TMPDIR": str(temporary)}
+        context = running_server(config, settings, log=log, environment=environment)
         started.append(context)
         return context.__enter__()
 
     yield start
     for context in started:
         context.__exit__(None, None, None)
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A directory with so short a name that Ray can have its sockets there."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tw") as directory:
+        yield Path(directory)
 
 
 def _get(url: str) -> dict[str, Any]:
@@ -188,13 +198,7 @@ def _listening(pids: set[int]) -> set[str]:
     return {row[1].split(":")[0] for row in rows if len(row) > 9 and row[3] == "0A" and row[9] in inodes}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_up_serves_on_loopback_only_and_stops_to_the_last_process(
-    start: Callable[..., RunningServer], number: signal.Signals
-) -> None:
-    server = start()
-    assert _get(f"{server.url}/api/v1/healthz") == {"status": "ok"}
+def _stops_to_the_last_process(server: RunningServer, number: signal.Signals) -> None:
     pids = descendants(server.pid) | {server.pid}
     assert len(pids) > 8
     assert _listening(pids) <= {"0100007F", "0000000000000000FFFF00000100007F"}
@@ -203,22 +207,27 @@ def test_up_serves_on_loopback_only_and_stops_to_the_last_process(
     os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
     assert time.monotonic() - begun < 30
     assert _gone(pids - {server.pid})
-    assert _is_free(int(server.url.rpartition(":")[2]))
+    assert _is_free(int(server.url.split(":")[2].partition("/")[0]))
     lines = server.log.read_text().splitlines()
     assert [line for line in lines if line.startswith("ready")] == [f"ready {server.url}"]
     assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.slow
-def test_two_servers_run_side_by_side(start: Callable[..., RunningServer]) -> None:
-    one = start("storage.root=one", "http.replicas=1", log="one.log")
-    two = start("storage.root=two", "http.replicas=1", "http.route_prefix=/two", log="two.log")
+def test_two_servers_serve_on_loopback_only_and_each_stops_to_its_last_process(
+    start: Callable[..., RunningServer], tmp_path: Path, temporary: Path
+) -> None:
+    roomy = tmp_path / "a temporary directory with room for paged adapters"
+    roomy.mkdir()
+    one, two = start("one", temporary), start("two", roomy, "http.route_prefix=/two")
     for server in (one, two):
         assert _get(f"{server.url}/api/v1/healthz") == {"status": "ok"}
     assert two.url.endswith("/two")
-    os.kill(one.pid, signal.SIGTERM)
-    os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOWAIT)
+    assert len(list(roomy.glob("twinkle-*/twinkle-pages-*"))) == 1, "`doctor` looks for room for them there"
+    _stops_to_the_last_process(one, signal.SIGTERM)
     assert _get(f"{two.url}/api/v1/healthz") == {"status": "ok"}
+    _stops_to_the_last_process(two, signal.SIGINT)
+    assert not [*temporary.iterdir(), *roomy.iterdir()]
 
 
 def _up(config: Path, *settings: str) -> subprocess.CompletedProcess[str]:
@@ -249,28 +258,72 @@ def test_up_fails_with_one_line_when_the_model_does_not_load(config: Path) -> No
     assert "does not exist" in reason
 
 
+def _wait_for_ray(process: subprocess.Popen[str]) -> None:
+    """Until the first of Ray's processes runs: others are still being started."""
+    while not any(_program(pid).endswith(b"gcs_server") for pid in descendants(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def _program(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+    except OSError:
+        return b""
+
+
+def _wait_for_connection(process: subprocess.Popen[str]) -> None:
+    """Until all of Ray runs and ``up`` connects to it."""
+    own = f"twinkle-*/session_latest/logs/python-core-driver-*_{process.pid}.log"
+    temporary = Path(_environment(process.pid)["TMPDIR"])
+    while not any(temporary.glob(own)):
+        assert process.poll() is None
+        time.sleep(0.001)
+
+
+def _wait_for_model(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    while "loading base model" not in process.stderr.readline():
+        assert process.poll() is None
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """What the process was started with; nothing if it is not ours or has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+def _with_temporary_files_in(directory: Path) -> set[int]:
+    pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+    return {pid for pid in pids if _environment(pid).get("TMPDIR", "").startswith(str(directory))}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("after", ["starting Ray", "loading base model"])
-def test_a_signal_while_starting_leaves_nothing_behind(config: Path, tiny_llama: Path, after: str) -> None:
+@pytest.mark.parametrize(
+    "wait", [_wait_for_ray, _wait_for_connection, _wait_for_model], ids=["ray", "connection", "model"]
+)
+def test_a_signal_while_starting_leaves_nothing_behind(
+    config: Path, tiny_llama: Path, temporary: Path, wait: Callable[[Any], None]
+) -> None:
     settings = ["--set", f"models.0.path={tiny_llama}", "--set", f"http.port={free_port()}"]
-    with (
-        tempfile.TemporaryDirectory(dir="/tmp", prefix="tw") as scratch,
-        subprocess.Popen(
-            [COMMAND, "up", str(config), *settings],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TMPDIR": scratch},
-        ) as process,
-    ):
-        assert process.stderr is not None
-        while after not in process.stderr.readline():
-            assert process.poll() is None
-        pids = descendants(process.pid)
+    with subprocess.Popen(
+        [COMMAND, "up", str(config), *settings],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    ) as process:
+        wait(process)
+        assert len(_with_temporary_files_in(temporary)) > 1
         process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
         rest = process.stderr.read()
         assert process.wait(30) == 0, rest
-        assert _gone(pids)
-        assert not list(Path(scratch).glob("twinkle-*"))
+    assert rest.splitlines()[-1] == "[twinkle-serve] stopped"
+    assert not _with_temporary_files_in(temporary)
+    assert not list(temporary.iterdir())
 
 
 def test_keys_are_given_out_listed_rotated_and_revoked(

@@ -206,13 +206,13 @@ def up(config: Config, options: argparse.Namespace) -> None:
     ready = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
-    _require_free(config.http.host, config.http.port)
-    # Imported late: `check-config` must not wait for ray, whose switches are read when it is imported.
-    from twinkle_serve.cluster.private_ray import private_ray
-
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
+        _require_free(config.http.host, config.http.port)
+        # Imported late: `check-config` must not wait for ray, whose switches are read when it is imported.
+        from twinkle_serve.cluster.private_ray import private_ray
+
         _say("starting Ray ...")
         with private_ray(config.ray, "twinkle-serve", with_haproxy=config.http.proxy == "haproxy"):
             try:
@@ -234,8 +234,6 @@ def _stop(number: int, _: Any) -> NoReturn:
 
 
 def _start(config: Config) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)  # Ray has put its own in place
     import logging
 
     import ray

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from twinkle_serve.cluster import haproxy
 from twinkle_serve.config import RayConfig
@@ -46,42 +47,70 @@ SWITCHES = {
 def private_ray(config: RayConfig, namespace: str, with_haproxy: bool = False) -> Iterator[None]:
     """Ray while the block lasts. Call it once in a process, from the main thread, before ray is imported.
 
-    All processes below this one that the block started are gone afterwards. Raises NoHaproxy.
+    Handlers of SIGTERM and SIGINT stay in place; while Ray starts they wait. All processes below this one
+    that the block started are gone afterwards, and so is what they left in the system's temporary directory.
+    Raises NoHaproxy.
     """
     os.environ |= SWITCHES
     # Given in the environment, so that nothing is read from or written to the home directory.
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _adopt_orphans()
     bystanders = descendants(os.getpid())
-    scratch = Path(tempfile.mkdtemp(prefix="twinkle-", dir=_short_directory()))
+    usual = tempfile.gettempdir()
+    scratch = Path(tempfile.mkdtemp(prefix="twinkle-", dir=usual))
+    # Paged adapters go there, which may be many gigabytes: whoever names a directory for them means it.
     os.environ["TMPDIR"] = str(scratch)
+    # Ray puts sockets below its directory, and the name of a socket has at most 107 bytes.
+    is_short = len(os.fsencode(usual)) <= _MAX_TMPDIR_BYTES
+    sockets = scratch if is_short else Path(tempfile.mkdtemp(prefix="twinkle-", dir="/tmp"))
     try:
         if with_haproxy:
-            os.environ |= haproxy.environment(scratch)
+            os.environ |= haproxy.environment(sockets)
         import ray
 
-        ray.init(
-            address="local",
-            namespace=namespace,
-            include_dashboard=config.dashboard,
-            dashboard_port=config.dashboard_port,
-            _metrics_export_port=config.metrics_port,
-            logging_level="warning",
-            _temp_dir=str(scratch),
-        )
         try:
+            with _signals_held_back():
+                ray.init(
+                    address="local",
+                    namespace=namespace,
+                    include_dashboard=config.dashboard,
+                    dashboard_port=config.dashboard_port,
+                    _metrics_export_port=config.metrics_port,
+                    logging_level="warning",
+                    _temp_dir=str(sockets),
+                )
             yield
         finally:
             ray.shutdown()
     finally:
         end_all(descendants(os.getpid()) - bystanders)
-        shutil.rmtree(scratch, ignore_errors=True)
+        for directory in {scratch, sockets}:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def _short_directory() -> str:
-    """Ray puts sockets below its directory, and the name of a socket has at most 107 bytes."""
-    usual = tempfile.gettempdir()
-    return usual if len(os.fsencode(usual)) <= _MAX_TMPDIR_BYTES else "/tmp"
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """SIGTERM and SIGINT are handled after the block, in which Ray starts: a process that leaves it half-way
+    crashes at its end."""
+    import ray._private.utils
+
+    came: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        # While it connects Ray has a handler in C++ too, that calls ours and aborts the process 3 s later.
+        signal.alarm(0)
+        came.append(number)
+
+    # It would otherwise begin by taking our place with a handler that exits at once, with an error.
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    own = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def descendants(pid: int) -> set[int]:
