@@ -130,7 +130,10 @@ class TenantLimits(Strict):
     )
     pending_requests: int = Field(16_384, ge=1, description="accepted requests without a result yet")
     pending_bytes: int = Field(
-        8 * 2**30, ge=2**20, description="data and prompts of accepted requests without a result yet, bytes"
+        8 * 2**30,
+        ge=2**20,
+        description="data and prompts of accepted requests without a result yet, and what samples among them "
+        "ask about their prompts, bytes",
     )
     live_runs: int = Field(256, ge=1, description="runs with an adapter; the creation of further ones waits")
     checkpoint_bytes: int = Field(

@@ -114,6 +114,20 @@ def test_a_cache_of_a_broken_block_holds_what_its_whole_blocks_hold(
     assert outcome.failure.category == "user"
 
 
+def test_a_prompt_s_scores_take_memory_only_once_it_is_read(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    engine = engine_for(tiny_moe, sampler=SamplerConfig(max_batch=1))
+    samples = tuple(
+        make_sample(name, PROMPT, max_tokens=50, topk_prompt_logprobs=3) for name in ("runs", "waits")
+    )
+    run(engine, samples=samples, decode_budget_s=1e-9)
+    (running,), (waiting,) = engine._sampler._running.values(), engine._sampler._waiting
+    assert running.scores is not None
+    assert waiting.scores is None
+    assert value(run(engine, cancels=("runs",), decode_budget_s=60)["waits"]).topk_prompt is not None
+
+
 def test_best_tokens_take_the_memory_of_their_own_k(moe: Engine) -> None:
     """Not that of a neighbour in the batch who asks for more."""
     samples = tuple(

@@ -15,6 +15,7 @@ from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.sample import SampleLimits, decode_sample
 
 LIMITS = SampleLimits(vocab_size=50, max_length=10, eos_token_ids=(2,), max_num_samples=8)
+LONG = {"chunks": [{"tokens": [1] * 70_000}]}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -139,7 +140,8 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], message: str) -> None:
             "topk_sample_logprobs is 1024 for up to 80000 tokens of all samples: 81920000",
         ),
         ({"topk_sample_logprobs": 1024, "num_samples": 8}, "up to 1048312 tokens"),
-        ({"topk_prompt_logprobs": 1024, "prompt": {"chunks": [{"tokens": [1] * 70000}]}}, "at most 67108864"),
+        ({"topk_prompt_logprobs": 1024, "prompt": LONG}, "at most 67108864"),
+        ({"topk_prompt_logprobs": 1024, "prompt": LONG, "prompt_logprobs_last_n": 1}, "up to 70000 tokens"),
     ],
 )
 def test_all_alternatives_of_an_answer_have_a_limit(fields: dict[str, Any], message: str) -> None:
@@ -172,6 +174,13 @@ def test_stops_may_be_as_long_as_the_limit_and_are_counted() -> None:
     short = decode_sample(body(sampling_params={"stop": "a"}), LIMITS)
     long = decode_sample(body(sampling_params={"stop": ["b" * 256, "\u00e9" * 128]}), LIMITS)
     assert long.num_bytes - short.num_bytes == 511
+
+
+def test_what_is_found_out_about_a_prompt_is_counted() -> None:
+    plain = decode_sample(body(), LIMITS)
+    for field in ("topk_prompt_logprobs", "prompt_alt_tokens_k"):
+        asked = decode_sample(body(**{field: 5}), LIMITS)
+        assert asked.num_bytes - plain.num_bytes == 8 * 5 * plain.prompt.size
 
 
 def test_targets_dense_and_sparse() -> None:

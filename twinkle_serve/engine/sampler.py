@@ -129,7 +129,6 @@ class Sampler:
             sample=sample,
             max_tokens=room if wanted is None else min(room, wanted),
             seed=random.getrandbits(63) if seed is None else seed,
-            scores=PromptScores.of(request),
         )
 
     def _cancel(self, request_id: str) -> None:
@@ -203,6 +202,7 @@ class Sampler:
 
     def _start(self, job: Job) -> None:
         self._running[job.sample.request_id] = job
+        job.scores = PromptScores.of(job.request)  # not before: many may wait
         job.sequences.append(self._sequence(job, 0))
         self._prefilling.append(job.sequences[0])
 

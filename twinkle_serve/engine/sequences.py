@@ -147,13 +147,14 @@ class Sequence:
 class Job:
     """One sampling request. ``max_tokens`` is bounded by the context; ``seed`` is always a number.
 
-    pooled: its adapter, from its admission on; None for the base model.
+    scores: None until it starts, and if nothing is asked about its prompt. pooled: its adapter, from its
+    admission on; None for the base model.
     """
 
     sample: Sample
     max_tokens: int
     seed: int
-    scores: PromptScores | None
+    scores: PromptScores | None = None
     pooled: Pooled | None = None
     sequences: list[Sequence] = field(default_factory=list)
     num_cached_tokens: int = 0

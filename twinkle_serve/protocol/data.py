@@ -188,12 +188,14 @@ class SampleRequest:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds while it waits."""
+        """What it holds until it is answered, what is found out about its prompt included."""
         stops = sum(len(text.encode()) for text in self.params.stop_strings)
         targets = 0 if self.target_prompt_tokens is None else self.target_prompt_tokens.nbytes
         if self.target_cells is not None:
             targets += self.target_cells.starts.nbytes + self.target_cells.columns.nbytes
-        return self.prompt.nbytes + stops + targets
+        # A token and its logprob each, at all positions: also at those that last_n leaves empty.
+        found = 8 * self.prompt.size * (self.topk_prompt_logprobs + self.prompt_alt_tokens_k)
+        return self.prompt.nbytes + stops + targets + found
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     params = _params(sample.sampling_params, limits)
     drawn = sample.num_samples * num_answer_tokens(params, prompt.size, limits)
     check_topk("topk_sample_logprobs", sample.topk_sample_logprobs, drawn)
-    check_topk("topk_prompt_logprobs", sample.topk_prompt_logprobs, last_n or prompt.size)
+    check_topk("topk_prompt_logprobs", sample.topk_prompt_logprobs, prompt.size)  # empty ones count as well
     _check_draws(sample.prompt_alt_tokens_k, prompt.size, limits.vocab_size)
     targets, target_cells = _targets(sample.target_prompt_logprobs, prompt.size, limits)
     return SampleRequest(
