@@ -251,6 +251,16 @@ def test_up_fails_with_one_line_when_the_port_is_taken(config: Path) -> None:
     assert reason == f"twinkle-serve: http.port {port} on 127.0.0.1 cannot be used: Address already in use"
 
 
+@pytest.mark.parametrize(("name", "below"), [("storage.root", ""), ("monitoring.log_file", "/log")])
+def test_up_fails_with_one_line_where_it_cannot_write(
+    config: Path, tmp_path: Path, name: str, below: str
+) -> None:
+    directory = tmp_path / "a file" / "in the way"
+    directory.parent.touch()
+    reason = _reason(_up(config, f"http.port={free_port()}", f"{name}={directory}{below}"))
+    assert reason == f"twinkle-serve: {name}: cannot write in {directory}: Not a directory"
+
+
 @pytest.mark.slow
 def test_up_fails_with_one_line_when_the_model_does_not_load(config: Path) -> None:
     reason = _reason(_up(config, f"http.port={free_port()}"))

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -210,6 +211,7 @@ def up(config: Config, options: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
         _require_free(config.http.host, config.http.port)
+        _require_writable(config)
         # Imported late: `check-config` must not wait for ray, whose switches are read when it is imported.
         from twinkle_serve.cluster.private_ray import private_ray
 
@@ -302,6 +304,20 @@ def _require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise CommandError(f"http.port {port} on {host} cannot be used: {error.strerror}") from None
+
+
+def _require_writable(config: Config) -> None:
+    """Every process writes there, and would fail in its own words, long after this."""
+    places = {"storage.root": config.storage.root}
+    if config.monitoring.log_file is not None:
+        places["monitoring.log_file"] = config.monitoring.log_file.parent
+    for name, directory in places.items():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise CommandError(f"{name}: cannot write in {directory}: {error.strerror}") from None
 
 
 def _url(config: Config) -> str:
