@@ -21,8 +21,15 @@ from twinkle_serve.storage.journal_rows import JournalEntry, RunHistory, StoredR
 class MemoryJournal:
     """storage.journal.Journal; ``opened`` gives the next one on the same rows."""
 
-    def __init__(self, rng: random.Random, rows: dict[str, RunHistory] | None = None) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        rows: dict[str, RunHistory] | None = None,
+        unnumbered: list[JournalEntry] | None = None,
+    ) -> None:
+        """unnumbered: commands that came without a seq_id, whatever was dropped of them since."""
         self.rows: dict[str, RunHistory] = defaultdict(RunHistory) if rows is None else rows
+        self.unnumbered: list[JournalEntry] = [] if unnumbered is None else unnumbered
         self.stalled: str | None = None
         self.num_bytes = 0
         self.fenced = False
@@ -31,11 +38,17 @@ class MemoryJournal:
 
     def opened(self) -> MemoryJournal:
         self.fenced = True
-        return MemoryJournal(self._rng, self.rows)
+        return MemoryJournal(self._rng, self.rows, self.unnumbered)
 
     def append(self, entry: JournalEntry) -> asyncio.Future[None]:
         self.num_bytes += len(entry.payload)
-        return self._do(lambda: self.rows[entry.run_id].entries.append(entry))
+
+        def work() -> None:
+            self.rows[entry.run_id].entries.append(entry)
+            if not entry.numbered:
+                self.unnumbered.append(entry)
+
+        return self._do(work)
 
     def cover(
         self,

@@ -83,6 +83,8 @@ class RandomRun:
 
     max_bursts = 6
     max_commands = 6
+    first_seq_id = 1
+    born: tuple[str, ...] = ("create",)
 
     def __init__(self, plane, tenant: str, number: int, rng: random.Random, report: Report, crashes: bool):
         self.client = Client(plane, tenant)
@@ -99,7 +101,7 @@ class RandomRun:
         await asyncio.sleep(self.rng.uniform(0, 2))
         if not await self._create():
             return
-        burst_start = 1
+        burst_start = self.first_seq_id
         for _ in range(self.rng.randint(1, self.max_bursts)):
             size = self.rng.randint(1, self.max_commands)
             await self._burst(list(range(burst_start, burst_start + size)))
@@ -182,7 +184,7 @@ class RandomRun:
             if poll.state == "gone":
                 assert self.crashes
             elif poll.failure is not None:
-                assert poll.failure.message == "cancelled"
+                assert poll.failure.message == "cancelled", poll
             else:
                 assert poll.value == self._history()[seq_id]
             self.report.counts["sample over"] += 1
@@ -197,7 +199,7 @@ class RandomRun:
 
     def _history(self) -> dict[int, tuple[str, ...]]:
         """What the run holds after each command that succeeded, if these and no others were applied."""
-        state: tuple[str, ...] = ("create",)
+        state = self.born
         stored, after = {}, {}
         for seq_id, sent in sorted(self.sent.items()):
             self._check_failure(seq_id, sent)

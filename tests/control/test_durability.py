@@ -15,6 +15,7 @@ from tests.control.durable_simulator import simulate
 
 NUM_SCHEDULES = int(os.environ.get("TWINKLE_SCHEDULES", "10000"))
 SHARE = 100
+CHAOS = ("group deaths", "coordinator deaths", "damaged")
 
 
 def run_schedules(first: int) -> Counter[str]:
@@ -37,7 +38,7 @@ def test_random_deaths_lose_nothing_and_repeat_nothing():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         counts = sum(pool.map(run_schedules, range(0, NUM_SCHEDULES, SHARE)), Counter())
-    for what in ("group deaths", "coordinator deaths", "damaged", "load done", "sample over"):
+    for what in (*CHAOS, "load done", "load failed", "deleted", "births", "unnumbered", "sample over"):
         assert counts[what] > NUM_SCHEDULES / 200, what
 
 

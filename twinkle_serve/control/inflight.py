@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight, Proof
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Window
 from twinkle_serve.control.suspects import Suspects
-from twinkle_serve.control.telling import proof_of, tell
+from twinkle_serve.control.telling import proof_of, tell, when_sure
 from twinkle_serve.protocol.work import Failure, Outcome, TickReport
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class InFlight:
         self._wake = wake
         self._flights: dict[str, Flight] = {}
         self._num_silent_reports = 0
+        self._era = 0  # how often the group was lost
         self.num_sequences = 0
 
     def __len__(self) -> int:
@@ -65,6 +67,16 @@ class InFlight:
         if flight.outlives_tick:
             self._wake()  # a load may have waited for this save
         self._books.watch.result(outcome)
+        self._when_sure(flight.request_id, lambda: self._take_note(flight, outcome), flight.on_lost)
+
+    def _when_sure(
+        self, request_id: str, take_note: Callable[[], object], on_lost: Callable[[], object]
+    ) -> None:
+        """An outcome that nobody has taken note of when the group is lost will come again."""
+        era = self._era
+        when_sure(self._keeper, request_id, lambda: take_note() if self._era == era else on_lost())
+
+    def _take_note(self, flight: Flight, outcome: Outcome) -> None:
         try:
             if outcome.failure is not None:
                 flight.on_failure(outcome.failure)
@@ -84,7 +96,8 @@ class InFlight:
     def settle_verdicts(self, assembly: Assembly) -> None:
         verdicts, assembly.verdicts = assembly.verdicts, []
         for verdict in verdicts:
-            self._tell(assembly.proofs.get(verdict.request_id, Proof.NOTHING), verdict)
+            proof = assembly.proofs.get(verdict.request_id, Proof.NOTHING)
+            self._when_sure(verdict.request_id, partial(self._tell, proof, verdict), lambda: None)
 
     def heard(self, report: TickReport) -> None:
         """A sample that no rank decodes any more and that got no answer would keep us ticking for ever."""
@@ -119,6 +132,7 @@ class InFlight:
                 self._books.fail(flight.request_id, failure)
 
     def _take_all(self, waiting: Iterable[Flight]) -> list[Flight]:
+        self._era += 1
         flights = [*self._flights.values(), *waiting]
         self._flights.clear()
         self.num_sequences = 0

@@ -84,11 +84,14 @@ class Keeper:
         runs = (k for k in self.kept.values() if k.run.group == group and k.run.down is None)
         return min((k.dirty_since for k in runs if k.dirty_since is not None), default=None)
 
+    def find(self, request_id: str) -> Kept | None:
+        """What is kept of the run that a request belongs to, if it does to one."""
+        return self.kept.get(self.books.promises.run_of(request_id) or "")
+
     def kept_of(self, request_id: str) -> Kept:
-        """What is kept of the run that a training request belongs to."""
-        run_id = self.books.promises.run_of(request_id)
-        assert run_id is not None
-        return self.kept[run_id]
+        kept = self.find(request_id)
+        assert kept is not None
+        return kept
 
     # accepting ------------------------------------------------------------------------------------
 

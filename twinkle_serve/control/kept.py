@@ -6,6 +6,7 @@ taken (keeper.py).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,8 @@ class Kept:
     done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
     bad: what those covered that turned out to be unreadable. dropped_until: the journal has no entries up to
     this. unstored: requests whose results the journal does not have, with their ids and whether the client
-    numbered them. noted: by request, outcomes of what must not be done again. untold: a load before which the
+    numbered them. noted: by request, outcomes of what must not be done again; noting: the
+    last failure among them that is not on disk yet. untold: a load before which the
     run does not go on. dirty_since: when the oldest change that no snapshot covers was
     made. debt_s: how long it took to do what no snapshot covers. hold_s: how long the last snapshot held up
     the tick that it was in. num_failed_restores: how often in a row the newest snapshot could not be put into
@@ -61,6 +63,7 @@ class Kept:
     dropped_until: int = UNBORN
     unstored: dict[int, tuple[str, bool]] = field(default_factory=dict)
     noted: dict[str, Noted] = field(default_factory=dict)
+    noting: asyncio.Future[None] | None = None
     untold: Untold | None = None
     num_steps: int = 0
     debt_s: float = 0.0

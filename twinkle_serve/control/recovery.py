@@ -32,6 +32,7 @@ from twinkle_serve.storage.journal_rows import (
 from twinkle_serve.storage.records import RunRecord, SamplerRecord
 
 logger = logging.getLogger(__name__)
+_LOST = Failure("the workers died that held this run's adapter; load one of its checkpoints", "server")
 _UNLOADED = Failure("the workers died while they did this, and the run was unloaded meanwhile", "server")
 
 
@@ -78,8 +79,10 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
     if kept.snapshots:
         entries = [kept.restore_entry(keeper.files.path(kept.snapshots[0].file)), *entries]
         run.down = None
-    else:
+    elif redo[:1] == [0]:
         run.await_adapter()
+    elif run.down is None:
+        run.down = _LOST  # what follows may load a checkpoint again
     kept.done = [*(seq_id for seq_id in kept.done if seq_id <= kept.covered), *skipped]
     kept.debt_s = 0.0
     run.log.rewind(entries)

@@ -4,8 +4,9 @@ A run that is lost is done again from its journal, and what its client was told 
 do the same again. Others do not: a checkpoint to load may be replaced or deleted meanwhile, one that was
 saved and then deleted would come back, and what failed for want of memory or of a checkpoint may succeed. So
 
-* a failure is told once the journal has a note of it, and what is noted is not done again, and
-* so is the outcome of a save; but
+* a failure is told once the journal has a note of it, and what is noted is not done again. Nor does anything
+  count before that which came after it in its run, and did not find its work; and
+* the outcome of a save is noted in the same way; but
 * a load is told once a snapshot has what it did, and its run does nothing more until then. From there on
   nobody goes back: no older snapshot is kept.
 
@@ -16,6 +17,7 @@ refused discards the gradients, and does so again. Knows commands and outcomes. 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from twinkle_serve.control.backend import (
     LoadCommand,
@@ -48,6 +50,17 @@ def proof_of(command: RunCommand) -> Proof:
     return Proof.NOTHING
 
 
+def when_sure(keeper: Keeper | None, request_id: str, take_note: Callable[[], object]) -> None:
+    """Take note of an outcome, once all failures before it in its run are on disk."""
+    kept = None if keeper is None else keeper.find(request_id)
+    if kept is None or kept.noting is None:
+        take_note()
+    else:
+        kept.noting.add_done_callback(
+            lambda noting: None if _has_failed(noting) else when_sure(keeper, request_id, take_note)
+        )
+
+
 def tell(books: Books, keeper: Keeper | None, proof: Proof, outcome: Outcome) -> None:
     """Settle a request's promise, now or when ``proof`` is on disk."""
     request_id = outcome.request_id
@@ -74,10 +87,15 @@ def note(keeper: Keeper, outcome: Outcome) -> None:
     entry = JournalEntry(kept.run.run_id, seq_id, request_id, payload, now, kind=VOID)
 
     def written(future: asyncio.Future[None]) -> None:
-        if not future.cancelled() and future.exception() is None:
+        if not _has_failed(future):
+            if kept.noting is future:
+                kept.noting = None
             _settle(books, outcome)
 
-    keeper.journal.append(entry).add_done_callback(written)
+    future = keeper.journal.append(entry)
+    future.add_done_callback(written)
+    if outcome.failure is not None:
+        kept.noting = future
 
 
 def read_note(entry: JournalEntry) -> Noted:
@@ -85,6 +103,10 @@ def read_note(entry: JournalEntry) -> Noted:
     if not entry.payload:
         return Noted(entry.seq_id, failure=GIVEN_UP)
     return Noted(entry.seq_id, *decode_result(entry.payload))
+
+
+def _has_failed(future: asyncio.Future[None]) -> bool:
+    return future.cancelled() or future.exception() is not None
 
 
 def _settle(books: Books, outcome: Outcome) -> None:
