@@ -16,7 +16,7 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.microbatches import Load, pack
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.slots import AdapterState
-from twinkle_serve.protocol.data import DatumBatch, ForwardResult, LoraSpec, SampleResult
+from twinkle_serve.protocol.data import DatumBatch, ForwardResult, LoraSpec, SampleResult, TopK
 from twinkle_serve.protocol.work import CreateAdapter, Outcome, Pass, Tick, TickReport
 from twinkle_serve.testing.crew import Crew
 
@@ -82,18 +82,33 @@ def assert_same_value(one: object, other: object) -> None:
         assert one.metrics == pytest.approx(dict(other.metrics), rel=RELATIVE, abs=1e-4)
     elif isinstance(one, SampleResult):
         assert isinstance(other, SampleResult)
-        for mine, its in zip(one.sequences, other.sequences, strict=True):
-            assert mine.tokens.tolist() == its.tokens.tolist()
-            assert mine.stop_reason == its.stop_reason
-            assert_close(mine.logprobs, its.logprobs)
-            assert (mine.topk is None) == (its.topk is None)
-        assert (one.prompt_logprobs is None) == (other.prompt_logprobs is None)
-        if one.prompt_logprobs is not None and other.prompt_logprobs is not None:
-            assert_close(one.prompt_logprobs[1:], other.prompt_logprobs[1:])
+        assert_same_sample(one, other)
     elif isinstance(one, dict):
         assert one == pytest.approx(other, rel=RELATIVE)
     elif not isinstance(one, int):  # the size of a checkpoint: JSON has more or fewer digits
         assert one == other
+
+
+def assert_same_sample(one: SampleResult, other: SampleResult) -> None:
+    for mine, its in zip(one.sequences, other.sequences, strict=True):
+        assert mine.tokens.tolist() == its.tokens.tolist()
+        assert mine.stop_reason == its.stop_reason
+        assert_close(mine.logprobs, its.logprobs)
+        assert_same_topk(mine.topk, its.topk)
+    for name in ("prompt_logprobs", "target_prompt_logprobs"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert_close(a, b)  # that of the first token is NaN in both
+    assert_same_topk(one.topk_prompt, other.topk_prompt)
+    assert_same_topk(one.prompt_alternatives, other.prompt_alternatives)
+
+
+def assert_same_topk(one: TopK | None, other: TopK | None) -> None:
+    assert (one is None) == (other is None)
+    if one is not None and other is not None:
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert_close(one.logprobs, other.logprobs)
 
 
 def assert_close(found: Any, expected: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from twinkle_serve.config import ModelConfig
-from twinkle_serve.engine import share
+from twinkle_serve.engine import sampler, share
 from twinkle_serve.engine.engine import Engine
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.engine.slots import AdapterState
@@ -86,6 +86,11 @@ def spoil(place: RankPlace, config: ModelConfig, slot: int) -> None:
     engine = engine_of(place, config)
     if place.rank == place.world_size - 1:
         engine.base.shares.own(engine.pool.blocks(slot)[0])[0, 0] = torch.nan
+
+
+def tell_every(place: RankPlace, seconds: float) -> None:
+    """How often streamed samples tell what they drew."""
+    sampler._TELL_EVERY_S = seconds
 
 
 def fail_in_put(place: RankPlace, config: ModelConfig, rank: int) -> None:

@@ -14,6 +14,7 @@ from tests.engine.sharding.conftest import BothFactory
 from tests.engine.sharding.test_saving import on_crew
 from tests.engine.sharding.test_training import SPECS, ways, work
 from tests.engine.ticks import make_sample, value
+from twinkle_serve.engine.sampler import _TELL_EVERY_S
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.work import (
@@ -36,19 +37,26 @@ def snapshots(pair: Both) -> list[AdapterRef | None]:
 
 
 def requests(refs: list[AdapterRef | None], count: int) -> tuple[Sample, ...]:
-    return tuple(
-        make_sample(
-            f"x{i}",
-            [i + 1, 2, 3 + i, *range(20, 20 + 5 * (i % 4))],
-            refs[i % len(refs)],
-            max_tokens=3 + 2 * i,
-            seed=i,
-            num_samples=1 + i % 3,
-            topk_sample_logprobs=2 * (i % 2),
-            prompt_logprobs=i % 2 == 0,
-            temperature=[1.0, 0.0, 0.7][i % 3],
-        )
-        for i in range(count)
+    """Together they ask all that can be asked."""
+    return tuple(request(i, refs[i % len(refs)]) for i in range(count))
+
+
+def request(i: int, ref: AdapterRef | None) -> Sample:
+    prompt = [i + 1, 2, 3 + i, *range(20, 20 + 5 * (i % 4))]
+    targets = np.array([[(7 * place + i) % 300, -1] for place in range(1, len(prompt))], np.int64)
+    return make_sample(
+        f"x{i}",
+        prompt,
+        ref,
+        max_tokens=3 + 2 * i,
+        seed=i,
+        num_samples=1 + i % 3,
+        topk_sample_logprobs=2 * (i % 2),
+        prompt_logprobs=i % 2 == 0,
+        topk_prompt_logprobs=3 * (i % 2),
+        target_prompt_tokens=targets if i % 2 == 0 else None,
+        prompt_alt_tokens_k=2 * (i % 2),
+        temperature=[1.0, 0.0, 0.7][i % 3],
     )
 
 
@@ -228,15 +236,20 @@ def test_a_stream_tells_all_of_it(both: BothFactory) -> None:
     pair = both("expert_parallel")
     samples = [make_sample(f"x{i}", [1, i], max_tokens=30, seed=i) for i in range(2)]
     streamed = tuple(Sample(s.request_id, s.tenant, s.adapter, s.request, stream=True) for s in samples)
+    pair.crew.run(remote.tell_every, 0.0)
     items = pair.crew.run(remote.run_tick, pair.config, Tick(1, samples=streamed, decode_budget_s=60.0))[0]
-    told = {name: [] for name in ("x0", "x1")}
-    for item in items:
-        if isinstance(item, Progress):
-            told[item.request_id] += [t for delta in item.deltas for t in delta.tokens.tolist()]
-    for item in items:
-        if isinstance(item, Outcome):
-            tokens = item.value.sequences[0].tokens.tolist()
-            assert told[item.request_id] == tokens[: len(told[item.request_id])]
+    pair.crew.run(remote.tell_every, _TELL_EVERY_S)
+    told = [item for item in items if isinstance(item, Progress)]
+    answers = {item.request_id: value(item) for item in items if isinstance(item, Outcome)}
+    assert answers.keys() == {"x0", "x1"}
+    for name, answer in answers.items():
+        deltas = [delta for item in told if item.request_id == name for delta in item.deltas]
+        (sequence,) = answer.sequences
+        tokens = np.concatenate([delta.tokens for delta in deltas])
+        assert 0 <= len(sequence.tokens) - len(tokens) <= 1
+        assert tokens.tolist() == sequence.tokens[: len(tokens)].tolist()
+        logprobs = np.concatenate([delta.logprobs for delta in deltas])
+        np.testing.assert_array_equal(logprobs, sequence.logprobs[: len(tokens)])
 
 
 def test_an_error_on_one_rank_ends_only_its_own_requests(both: BothFactory) -> None:
