@@ -1,6 +1,7 @@
 """Random programs of many runs on few slots: two and four ranks answer every tick as one rank does.
 
-The long form, 100 ticks for each way and four ranks as well, runs with TWINKLE_SHARDING_LONG set.
+The long form, 100 ticks for each way and all of it on four ranks as well, runs with TWINKLE_SHARDING_LONG
+set.
 """
 
 from __future__ import annotations
@@ -56,11 +57,16 @@ def test_random_ticks(both: BothFactory, sharding: str, tmp_path: Path) -> None:
     replay(pair, seed=1, num_ticks=100 if LONG else short, directory=tmp_path)
 
 
-@long
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@ways
+@pytest.mark.parametrize(
+    ("sharding", "checkpointing"),
+    [
+        ("expert_parallel", False),
+        pytest.param("expert_parallel", True, marks=[long, pytest.mark.slow]),
+        pytest.param("zero3", False, marks=[long, pytest.mark.slow]),
+        pytest.param("zero3", True, marks=[long, pytest.mark.slow]),
+    ],
+)
 def test_four_ranks(
     both: BothFactory, four: Crew, sharding: str, checkpointing: bool, tmp_path: Path
 ) -> None:
