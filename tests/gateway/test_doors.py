@@ -103,7 +103,7 @@ async def test_the_sdk_is_told_to_come_again(backend: ScriptedBackend, config: C
 @pytest.mark.parametrize(
     ("limit", "path", "body", "part"),
     [
-        ({"body_bytes": 1024}, "create_session", {"display_name": "x" * 2000}, "1024"),
+        ({"body_bytes": 1100}, "create_session", {"tags": ["x" * 2000]}, "1100"),
         (
             {"sequence_tokens": 3},
             "asample",
