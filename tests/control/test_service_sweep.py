@@ -79,6 +79,55 @@ async def test_a_session_with_a_run_whose_model_is_served_no_more_can_be_finishe
 
 
 @virtual
+async def test_a_coordinator_that_another_has_replaced_deletes_nothing_when_it_wakes_up():
+    store = Store()
+    async with store.opened() as old:
+        client = await Client(old).open()
+        run = await client.create()
+        path = (await client.do(run, 1, SaveCommand("weights", "n", ttl_seconds=3600)))["path"]
+        old._sweep_timer.cancel()  # it stands still
+        async with store.opened() as new:
+            await new.set_checkpoint_ttl(TENANT, path, None)
+            for _ in range(10):
+                await asyncio.sleep(500)
+                await new.heartbeat(TENANT, client.session)
+            old._sweep()
+            await asyncio.sleep(60)
+            assert store.fenced == 1
+            (listed,) = store.catalog.load_all().checkpoints
+            assert listed.expires_at is None
+            assert [session.status for session in store.catalog.load_all().sessions] == ["active"]
+            assert old._sweep_timer.cancelled(), "it sweeps no more"
+
+
+@virtual
+async def test_while_the_journal_cannot_be_written_the_sweep_goes_on_for_it_makes_room():
+    store = Store()
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, SaveCommand("weights", "n", ttl_seconds=3600))
+        never = asyncio.get_running_loop().create_future
+        with patch.object(store.journal, "flush", never):
+            await asyncio.sleep(3700)
+            assert not plane._books.checkpoints.of_run(run)
+
+
+@virtual
+async def test_a_sweep_that_waits_when_the_server_closes_is_not_done():
+    store = Store()
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        await asyncio.sleep(590)
+        plane._sweep_timer.cancel()
+        await asyncio.sleep(20)  # the session is to expire in the sweep that begins now
+        plane._sweep()
+    await asyncio.sleep(60)
+    assert status(plane, client) == "active"
+    assert plane._sweep_timer.cancelled()
+
+
+@virtual
 async def test_a_server_is_closed_to_the_end_on_a_full_disk(tmp_path, caplog):
     ledger = Ledger(tmp_path)
     async with control_plane(tmp_path, ledger=ledger) as plane:

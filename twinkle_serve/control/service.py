@@ -118,7 +118,7 @@ class ControlPlane(Management):
             self._take_up(recovery.restore(self._keeper), self._trained())
         for driver in self._drivers.values():
             driver.start()
-        self._sweep()
+        self._take_steps()
 
     def add_group(self, name: str, group: Group, config: ModelConfig) -> None:
         """Serve with one group more, loaded, of a new base model or of one that is served already."""
@@ -359,6 +359,19 @@ class ControlPlane(Management):
                 driver.wake()
 
     def _sweep(self) -> None:
+        if self._keeper is None:
+            self._take_steps()
+        else:
+            self._keeper.start(self._sweep_what_is_ours())
+
+    async def _sweep_what_is_ours(self) -> None:
+        """One that stood still and wakes up must not delete what another coordinator keeps by now."""
+        assert self._keeper is not None
+        await self._keeper.still_ours()
+        if not self._accept.closed:
+            self._take_steps()
+
+    def _take_steps(self) -> None:
         """A step that fails, for want of room on the disk perhaps, is left to the next sweep; no other is."""
         own = (self._expire_sessions, self._sampling.sweep, self._wake_waiting, self._sweep_journal)
         try:
