@@ -173,6 +173,26 @@ async def test_what_a_run_without_an_adapter_was_asked_is_not_kept_for_ever(tmp_
         assert await client.do(run, seq_id + 3, pass_command("b")) == ("create", "load", "a", "b")
 
 
+async def test_refusals_that_need_no_tick_are_over_and_can_be_forgotten(tmp_path):
+    """Nothing else has anything to do in the group, so no tick comes after them."""
+    store = limited(tmp_path)
+    group = EchoGroup()
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        other = await client.create()
+        path = (await client.do(other, 1, SaveCommand("weights", "bad")))["path"]
+        kept = plane._keeper.kept[other]
+        kept.is_urgent = True
+        plane._drivers["base"].wake()
+        while kept.covered < 1:
+            await asyncio.sleep(0.02)
+        group.stored.clear()
+        await client.failure(await plane.create_model_from(TENANT, client.session, 1, path, False, None, {}))
+        for request in await fill(client, f"{client.session}:train:1"):
+            await client.failure(request)
+        assert await client.result(await submit(client, other, 2, pass_command("a"))) == ("create", "a")
+
+
 async def test_what_could_not_be_written_is_never_acknowledged(tmp_path):
     store = limited(tmp_path)
     async with store.opened() as plane:

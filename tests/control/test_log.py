@@ -54,6 +54,16 @@ def test_without_a_seq_id_a_request_comes_after_all_others():
     assert [entry.request_id for entry in log.ready] == ["r1", "r2", "r3", "last"]
 
 
+def test_a_number_that_a_request_without_one_took_is_too_late_even_while_that_waits():
+    log = log_of(1, 3)
+    log.append(None, "mine", "mine", 0.0)
+    failure = log.append(4, "r4", "c4", 0.0)
+    assert failure is not None
+    assert "seq_id 4 comes too late" in failure.message
+    log.append(2, "r2", "c2", 0.0)
+    assert [entry.request_id for entry in log.ready] == ["r1", "r2", "r3", "mine"]
+
+
 def test_a_prepended_command_is_first():
     log: CommandLog[str] = CommandLog(GAP_S)
     log.prepend("birth", "create")

@@ -241,14 +241,13 @@ class Keeper:
 
     async def _list(self, kept: Kept, snapshot: StoredSnapshot) -> None:
         """Make a written snapshot count."""
-        untold = kept.untold_until(snapshot.covered)
+        untold, num_rewinds = kept.untold_until(snapshot.covered), kept.num_rewinds
         try:
             await self._settled(kept, snapshot.covered)
             results = await self.results(kept, snapshot.covered)
-            is_redone = kept.untold_until(snapshot.covered) is not untold
-            if self._is_gone(kept) or is_redone:
-                # A row would bring a dead run back to life, or contradict what a load that is done again
-                # finds now.
+            if self._is_gone(kept) or kept.num_rewinds > num_rewinds:
+                # A row would bring a dead run back to life, or contradict what is done again: a load may
+                # find something else, and what failed may succeed.
                 self._discard(kept, snapshot)
                 return
             # On its way from the older one the run still needs that. Across a load there is no way back.

@@ -48,11 +48,11 @@ class Kept:
     done: seq_ids executed since the older snapshot, ascending. snapshots: the newest first, at most two;
     bad: what those covered that turned out to be unreadable. dropped_until: the journal has no entries up to
     this. unstored: requests whose results the journal does not have, with their ids and whether the client
-    numbered them. noted: by request, outcomes of what must not be done again; noting: the
-    last failure among them that is not on disk yet. untold: a load before which the
-    run does not go on. dirty_since: when the oldest change that no snapshot covers was
-    made. debt_s: how long it took to do what no snapshot covers. hold_s: how long the last snapshot held up
-    the tick that it was in. num_failed_restores: how often in a row the newest snapshot could not be put into
+    numbered them. noted: by request, outcomes of what must not be done again; noting: the last failure among
+    them that is not on disk yet. untold: a load behind which the run does not go on. num_rewinds: how often
+    it was taken back to a snapshot. dirty_since: when the oldest change that no snapshot covers was made.
+    debt_s: how long it took to do what no snapshot covers. hold_s: how long the last snapshot held up the
+    tick that it was in. num_failed_restores: how often in a row the newest snapshot could not be put into
     a slot, though it may be whole.
     """
 
@@ -69,6 +69,7 @@ class Kept:
     debt_s: float = 0.0
     hold_s: float = 0.0
     num_failed_restores: int = 0
+    num_rewinds: int = 0
     dirty_since: float | None = None
     not_before: float = 0.0
     is_urgent: bool = False

@@ -62,8 +62,9 @@ async def _rewind(keeper: Keeper, kept: Kept) -> None:
     if not kept.snapshots and not kept.done:
         return  # its birth is still to come
     kept.is_rewinding = True
-    # A snapshot with the load either is on its way to the journal now, and counts before ``_known`` returns,
-    # or will never count.
+    # A snapshot either is on its way to the journal now, and counts before ``_known`` returns, or will never
+    # count.
+    kept.num_rewinds += 1
     kept.untold = None
     try:
         known = await _known(keeper, kept)
