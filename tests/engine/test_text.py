@@ -13,7 +13,7 @@ from twinkle_serve.engine.text import TokenText
 def test_tokens_become_the_text_that_they_were_made_of(tiny_moe: Path) -> None:
     from transformers import AutoTokenizer
 
-    text = TokenText(tiny_moe, 350)
+    text = TokenText(tiny_moe)
     text.load()
     assert text.decode(AutoTokenizer.from_pretrained(tiny_moe).encode("and so on")) == "and so on"
 
@@ -25,4 +25,4 @@ def test_a_directory_without_a_tokenizer_is_said_to_have_none(
     """For the first of these transformers makes an empty one, whose text no stop string is ever in."""
     shutil.copy(request.getfixturevalue(model) / "config.json", tmp_path)
     with pytest.raises(ValueError, match="this base model has none"):
-        TokenText(tmp_path, 350).load()
+        TokenText(tmp_path).load()

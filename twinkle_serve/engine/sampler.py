@@ -48,7 +48,7 @@ class Sampler:
         self._base = base
         self._adapters = adapters
         self._config = config
-        self._text = TokenText(directory, base.info.vocab_size)
+        self._text = TokenText(directory)
         self._pass = SamplePass(base, adapters.pool)
         shape = base.model.config
         self._cache = KVCache(

@@ -15,13 +15,12 @@ _MISSING = "stop strings need a tokenizer and this base model has none"
 class TokenText:
     """The tokenizer, loaded when the first stop string asks for it."""
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._vocab_size = vocab_size
         self._tokenizer: Any = None
 
     def load(self) -> None:
-        """Raises ValueError if the model directory has no tokenizer of this model."""
+        """Raises ValueError if the model directory has no tokenizer."""
         if self._tokenizer is not None:
             return
         from transformers import AutoTokenizer
@@ -30,9 +29,8 @@ class TokenText:
             found: Any = AutoTokenizer.from_pretrained(self._directory)
         except (OSError, ValueError) as error:
             raise ValueError(_MISSING) from error
-        # For some models transformers makes an empty one where there are no files. Models have more rows than
-        # their tokenizer has tokens, for good measure, but not many times as many.
-        if 10 * len(found) < self._vocab_size:
+        # For some models transformers makes an empty one where there are no files, of special tokens only.
+        if len(found) == len(found.get_added_vocab()):
             raise ValueError(_MISSING)
         self._tokenizer = found
 
