@@ -187,6 +187,22 @@ def test_an_error_in_one_item_does_not_stop_the_others(moe: Engine, tmp_path: Pa
     assert value(found["idle"])["grad_norm"] == 0.0
 
 
+def test_requests_of_a_slot_with_nothing_in_it_fail_alone(moe: Engine) -> None:
+    create(moe, 0, LoraSpec(rank=4, seed=1))
+    found = run(
+        moe,
+        passes=(make_pass("nobody's", 1, batch_of(1, 4)), make_pass("pass", 0, batch_of(2, 3))),
+        microbatches=((Piece(0, (0,)), Piece(1, (0,))),),
+        optim_steps=(OptimStep("nobody's step", 1, ADAM), OptimStep("step", 0, ADAM)),
+    )
+    for name in ("nobody's", "nobody's step"):
+        failure = found[name].failure
+        assert failure is not None
+        assert "no adapter" in failure.message
+    assert found["pass"].failure is None
+    assert value(found["step"])["grad_norm"] > 0
+
+
 def test_steps_of_several_runs_are_each_their_own(moe: Engine) -> None:
     for slot in (0, 1, 2):
         create(moe, slot, LoraSpec(rank=2 + slot, seed=slot), moved=True)

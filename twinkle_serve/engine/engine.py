@@ -10,7 +10,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from twinkle_serve.engine.sharding.ranks import PeerFailed, Ranks, ends_rank
 from twinkle_serve.engine.sharding.sampler import SharedSampler
 from twinkle_serve.engine.slots import AdapterState, SlotPool
 from twinkle_serve.engine.state_files import StateWriter, read_state
-from twinkle_serve.engine.trainer import Trainer
+from twinkle_serve.engine.trainer import NO_ADAPTER, Trainer
 from twinkle_serve.faults import reach
 from twinkle_serve.hub.models import resolve_model
 from twinkle_serve.protocol.errors import UserError
@@ -235,7 +235,11 @@ class Engine:
                 raise ValueError(f"the checkpoint has {_shape(state.spec)}, this run has {_shape(expected)}")
         return state
 
-    def _optim(self, steps: tuple[OptimStep, ...]) -> Iterator[Outcome]:
+    def _optim(self, every: Sequence[OptimStep]) -> Iterator[Outcome]:
+        steps = [step for step in every if self.pool.is_occupied(step.slot)]
+        for step in every:
+            if step not in steps:
+                yield Outcome(step.request_id, failure=NO_ADAPTER)
         work = [SlotStep(self.pool, step.slot, step.params) for step in steps]
         for step, result in zip(steps, adamw_step(work, self._shares), strict=True):
             if isinstance(result, NonFiniteGradientError):

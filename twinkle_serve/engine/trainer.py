@@ -27,6 +27,7 @@ from twinkle_serve.protocol.work import Failure, Outcome, Pass, Piece
 logger = logging.getLogger(__name__)
 
 Microbatch = Sequence[Piece]
+NO_ADAPTER = Failure("internal error: the workers have no adapter of this run", "server")
 
 
 @dataclass(slots=True)
@@ -76,6 +77,9 @@ class Trainer:
     def run(self, passes: Sequence[Pass], microbatches: Sequence[Microbatch]) -> Iterator[Outcome]:
         """Outcomes of all ``passes`` (ForwardResult), each as soon as its last datum is done."""
         states = [_PassState.of(request) for request in passes]
+        for state in states:
+            if not self._pool.is_occupied(state.request.slot):
+                state.failure = NO_ADAPTER
         backups = self._backups(states)
         todo: Sequence[Microbatch] = [part for batch in microbatches for part in _by_direction(batch, states)]
         while todo:
