@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.control.echo_group import EchoGroup
-from tests.control.plane import Client, control_plane, make_config
+from tests.control.plane import Client, control_plane, make_config, optim
 from tests.control.virtual_time import run
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import UnloadCommand
@@ -45,8 +45,13 @@ def test_runs_that_exist_go_on_while_new_ones_wait(tmp_path):
         async with control_plane(tmp_path, group, small_pages()) as plane:
             client = await Client(plane).open()
             runs = [await client.create(number) for number in range(3)]
-            await plane.create_model(client.tenant, client.session, 3, "base", LoraSpec(8), {})
+            waiting = await plane.create_model(client.tenant, client.session, 3, "base", LoraSpec(8), {})
             for run_id in runs:
-                await client.do(run_id, 1, UnloadCommand())
+                await client.do(run_id, 1, optim())
+            poll = await plane.poll(client.tenant, waiting, 0.0)
+            assert (poll.state, poll.queue_state) == ("pending", "paused_capacity")
+            for run_id in runs:
+                await client.do(run_id, 2, UnloadCommand())
+            assert (await client.result(waiting))["model_id"].endswith(":train:3")
 
     run(scenario())
