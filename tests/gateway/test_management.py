@@ -74,16 +74,21 @@ async def test_a_copy_may_be_made_into_a_session_and_of_what_others_published(tm
         await owner.request("POST", f"{run}/publish")
         status, made = await copy(reader, source_path=source, ttl_seconds=3600, **place)
         assert (status, made["tinker_path"]) == (200, f"tinker://{session}:train:5/weights/a")
+        assert await copy(reader, source_path=source, ttl_seconds=3600, **place) == (200, made), "sent twice"
         await owner.request("DELETE", f"{run}/publish")
         (found,) = (await get(reader, f"training_runs/{session}:train:5/checkpoints"))["checkpoints"]
         assert found["public"] is False
         assert found["expires_at"]
-        taken = await copy(
-            reader, source_path=reader.objects["checkpoint"], session_id=session, model_seq_id=0
-        )
-        assert taken[0] in (200, 400)
-        if taken[0] == 200:  # its own checkpoint of that name is what would have been made
-            assert taken[1]["tinker_path"] == reader.objects["checkpoint"]
+        # Onto itself: it is there. For another one the place is taken.
+        await owner.request("POST", f"{run}/publish")
+        own = reader.objects["checkpoint"]
+        there = await copy(reader, source_path=own, session_id=session, model_seq_id=0)
+        assert there == (200, {"tinker_path": own})
+        for other, number in ((source, 0), (own, 5)):
+            place["model_seq_id"] = number
+            status, answer = await copy(reader, source_path=other, **place)
+            assert status == 400, answer
+            assert f"model_seq_id {number} of session {session!r} is taken" in answer["detail"]
 
 
 @pytest.mark.parametrize(

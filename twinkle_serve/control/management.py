@@ -20,7 +20,7 @@ from twinkle_serve.control.runs import run_id_for
 from twinkle_serve.control.search import matches, place_of, summary
 from twinkle_serve.control.usage import project_of
 from twinkle_serve.protocol.errors import BackendUnavailable, UserError
-from twinkle_serve.storage.checkpoints import CheckpointError
+from twinkle_serve.storage.checkpoints import CheckpointError, read_manifest
 from twinkle_serve.storage.records import CheckpointRecord, RunRecord
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ class Management(OnRecord):
         session_id, number = place or (self._archive(tenant, project_id, once), 0)
         books.sessions.get(tenant, session_id)
         key: Key = (run_id_for(session_id, number), source.kind, source.name)
-        if books.checkpoints.at(key) is not None:
+        listed = books.checkpoints.at(key)
+        if listed is not None:
+            if not _are_same(listed, source):
+                raise Invalid(f"model_seq_id {number} of session {session_id!r} is taken")
             return path_of(key)  # sent twice
         if books.checkpoints.is_saving(path_of(key)):
             raise BackendUnavailable("this copy is being made; ask again")
@@ -186,3 +189,11 @@ class Management(OnRecord):
 
     async def audit(self, tenant: str, day: str | None, event_type: str) -> list[dict[str, Any]]:
         return self._books.usage.audit(tenant, day, event_type)
+
+
+def _are_same(one: CheckpointRecord, other: CheckpointRecord) -> bool:
+    """Whether one is the other or a copy of it: manifests say which run saved what."""
+    try:
+        return one == other or read_manifest(one.directory) == read_manifest(other.directory)
+    except CheckpointError:
+        return False
