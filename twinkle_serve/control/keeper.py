@@ -194,9 +194,9 @@ class Keeper:
         return run.group in self._work and self._work[run.group][run.run_id] > 0
 
     def is_unsure(self, run: Run) -> bool:
-        """Whether it has done a load that no snapshot has yet."""
+        """Whether it has done a load that no snapshot has yet, or a failure of it is not on disk."""
         kept = self.kept.get(run.run_id)
-        return kept is not None and kept.untold is not None
+        return kept is not None and not (kept.untold is None and kept.noting is None)
 
     def ticked(self, group: str, seconds: Mapping[str, float]) -> None:
         """The tick is over, and took so long by phase; nothing if that is not known, or if there was none."""
@@ -241,7 +241,7 @@ class Keeper:
 
     async def _list(self, kept: Kept, snapshot: StoredSnapshot) -> None:
         """Make a written snapshot count."""
-        untold, num_rewinds = kept.untold_until(snapshot.covered), kept.num_rewinds
+        num_rewinds = kept.num_rewinds
         try:
             await self._settled(kept, snapshot.covered)
             results = await self.results(kept, snapshot.covered)
@@ -250,6 +250,7 @@ class Keeper:
                 # find something else, and what failed may succeed.
                 self._discard(kept, snapshot)
                 return
+            untold = kept.untold_until(snapshot.covered)
             # On its way from the older one the run still needs that. Across a load there is no way back.
             alone = untold is not None or (self.is_full and not kept.is_restoring)
             older = [] if alone else kept.snapshots[:1]
@@ -277,14 +278,14 @@ class Keeper:
         for old in () if kept.is_restoring else dropped:
             self.files.remove(old.file)
         self._park_if_clean(kept)
-        self._wake(kept)
+        self.wake(kept)
 
     def _discard(self, kept: Kept, snapshot: StoredSnapshot) -> None:
         self.files.remove(snapshot.file)
         kept.is_persisting = False
-        self._wake(kept)
+        self.wake(kept)
 
-    def _wake(self, kept: Kept) -> None:
+    def wake(self, kept: Kept) -> None:
         """The run may go on, or be snapshotted again."""
         self.wakes.get(kept.run.group, lambda: None)()
 

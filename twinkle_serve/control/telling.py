@@ -90,6 +90,7 @@ def note(keeper: Keeper, outcome: Outcome) -> None:
         if not _has_failed(future):
             if kept.noting is future:
                 kept.noting = None
+                keeper.wake(kept)
             _settle(books, outcome)
 
     future = keeper.journal.append(entry)
