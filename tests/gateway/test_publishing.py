@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.gateway.world import API, Tenant, World, world
@@ -78,21 +79,46 @@ async def test_only_the_owner_publishes_and_nothing_is_pushed_for_others(tmp_pat
         assert site.repositories == {}
 
 
-async def test_a_refused_push_publishes_nothing(
+async def assert_unpublished(owner: Tenant, answer: httpx.Response, caplog: pytest.LogCaptureFixture) -> None:
+    """And nobody was told the token."""
+    assert TOKEN not in answer.text
+    assert TOKEN not in caplog.text
+    listed = (await owner.request("GET", f"{API}/checkpoints")).json()["checkpoints"]
+    assert listed
+    assert not any(item["public"] for item in listed)
+
+
+async def test_a_refused_push_publishes_nothing_and_says_why(
     tmp_path: Path, site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     async with world(tmp_path, auth=auth(site)) as here:
         owner, base = await owner_with_adapter(here)
-        site.users[TOKEN] = "mallory"  # the namespace is another one by the time of the push
-        site.repositories["mallory/x"] = {}
+        site.refusal = f"alice with {TOKEN} has too many models"
+        answer = await owner.request("POST", f"{base}/publish")
+        assert answer.status_code == 400
+        assert "ModelScope refused the push: " in answer.json()["detail"]
+        assert "alice with *** has too many models" in answer.json()["detail"]
+        await assert_unpublished(owner, answer, caplog)
+        site.refusal = ""
+        assert (await owner.request("POST", f"{base}/publish")).status_code == 204, "asked again"
+
+
+async def test_while_the_site_is_down_nothing_is_published(
+    tmp_path: Path, site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    # The client's pauses between its attempts are its own matter.
+    attempts = "MODELSCOPE_API_MAX_RETRIES"
+    monkeypatch.setenv(attempts, "1")
+    monkeypatch.setattr(publishing, "_KEPT_ENVIRONMENT", (*publishing._KEPT_ENVIRONMENT, attempts))
+    async with world(tmp_path, auth=auth(site)) as here:
+        owner, base = await owner_with_adapter(here)
         site.broken = True
         answer = await owner.request("POST", f"{base}/publish")
         assert answer.status_code == 503
-        assert TOKEN not in answer.text
-        assert TOKEN not in caplog.text
-        info = await owner.request("GET", f"{API}/checkpoints")
-        assert not any(item["public"] for item in info.json()["checkpoints"])
+        assert "ModelScope does not answer" in answer.json()["detail"]
+        await assert_unpublished(owner, answer, caplog)
 
 
 async def test_a_client_that_cannot_wait_comes_again(

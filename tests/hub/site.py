@@ -19,7 +19,8 @@ MARKER = "twinkle-explorers/members"
 
 class Site(ThreadingHTTPServer):
     """users: token to name; only members may see the marker. ``broken``: answers 500 to everything.
-    repositories: name to its files, and ``visibility`` to what it was created with."""
+    ``refusal``: what it says to who would create a repository, with a 403. repositories: name to its files,
+    and ``visibility`` to what it was created with."""
 
     daemon_threads = True
 
@@ -27,6 +28,7 @@ class Site(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.users, self.members = users, members
         self.broken = False
+        self.refusal = ""
         self.seen: list[tuple[str, str]] = []
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.visibility: dict[str, int] = {}
@@ -76,8 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path == "/api/v1/models":
             name = f"{body['Path']}/{body['Name']}"
-            if body["Path"] != user:
-                return self._answer(403, {"Code": 403, "Success": False, "Message": "not your namespace"})
+            refusal = self.server.refusal or ("not your namespace" if body["Path"] != user else "")
+            if refusal:
+                return self._answer(403, {"Code": 403, "Success": False, "Message": refusal})
             if name in self.server.repositories:
                 return self._answer(409, {"Code": 10010101001, "Success": False, "Message": "exists"})
             self.server.repositories[name] = {}
