@@ -30,8 +30,11 @@ def test_public_keys_of_ssh_pass_with_or_without_a_comment() -> None:
         check_recipients([keys[0].ljust(MAX_KEY_LENGTH + 1, "x")])
 
 
+EMPTY_NUMBERS = "ssh-rsa AAAAB3NzaC1yc2EAAAABAAAAAA=="
+
+
 @pytest.mark.parametrize(
-    "key", ["", "age1", "ssh-ed25519 AAAA", "ssh-rsa AAAA", "\x00", "AGE-SECRET-KEY-1QQQ"]
+    "key", ["", "age1", "ssh-ed25519 AAAA", "ssh-rsa AAAA", EMPTY_NUMBERS, "\x00", "AGE-SECRET-KEY-1QQQ"]
 )
 def test_anything_else_is_refused_by_name(key: str) -> None:
     with pytest.raises(UserError, match="age_encryption_recipients"):

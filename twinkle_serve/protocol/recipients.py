@@ -37,7 +37,10 @@ def read_recipient(key: str) -> Any:
 
     try:
         return ssh.Recipient.from_str(key) if key.startswith("ssh-") else x25519.Recipient.from_str(key)
-    except RecipientError:
+    except BaseException as error:
+        # age panics over an SSH key with an empty number, and pyrage passes that on as no Exception.
+        if not isinstance(error, RecipientError) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
             f"age_encryption_recipients: {key!r:.80} is neither an age X25519 key (age1...) nor an SSH "
             "public key (ssh-ed25519, ssh-rsa)"
