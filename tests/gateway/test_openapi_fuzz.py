@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ QUIET = settings(max_examples=8, deadline=None, suppress_health_check=list(Healt
 PAGE = create_app(lambda: None, make_config(Path("/nowhere"))).openapi()  # type: ignore[arg-type,return-value]
 SCHEMA = schemathesis.openapi.from_dict(PAGE)
 PATIENCE_S = 20.0
+WAITS = "has not arrived, and this is to come after it"  # of a request without a seq_id, to be sent again
 MIB = 2**20
 
 
@@ -38,12 +40,13 @@ class Loop:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self._stack = AsyncExitStack()
-        root = Path(tempfile.mkdtemp())
+        self.root = root = Path(tempfile.mkdtemp())
         limits = {"tenant": {"live_runs": 2, "pending_requests": 50, "http_requests": 16}}
         http = {"poll_hold_s": 0.01, "max_body_bytes": 4 * MIB}
         made = world(root, limits=limits, http=http)
         self.world: World = self.run(self._stack.enter_async_context(made))
         self.owner: Tenant = self.run(self.world.tenant("tml-owner").settle())
+        self.taken: set[str] = set()  # routes that took a body with ids that exist
 
     def run(self, coroutine: Any) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, PATIENCE_S))
@@ -54,10 +57,26 @@ class Loop:
 
     def send(self, method: str, url: str, **options: Any) -> httpx.Response:
         answer: httpx.Response = self.run(self.owner.request(method, url, **options))
-        assert answer.status_code < 500 or "has not arrived" in answer.text, answer.text
+        told_to_retry = answer.status_code == 503 and WAITS in answer.text
+        assert answer.status_code < 500 or told_to_retry, answer.text
         if answer.status_code >= 400 and answer.status_code != 408:
             assert answer.json()["detail"]
         return answer
+
+    def outcome(self, request_id: str) -> dict[str, Any]:
+        """What a promise comes to."""
+        while True:
+            told = self.send("POST", f"{API}/retrieve_future", json={"request_id": request_id})
+            if told.status_code != 408:
+                found: dict[str, Any] = told.json()
+                return found
+
+    def start_anew(self) -> None:
+        """With one of each kind of object in which nothing waits."""
+        self.run(
+            self.owner.request("POST", f"{API}/sessions/{self.owner.objects['session']}/finish", json={})
+        )
+        self.run(self.owner.settle())
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +86,60 @@ def here() -> Any:
     loop.close()
 
 
-def fields_of(here: Loop, path: str) -> dict[str, str]:
-    """Real ids for the path, so that what is behind the check for them is reached too."""
+# Fields that name an object, and which of a tenant's objects they name.
+IDS = {
+    "run_id": "run", "model_id": "run", "session_id": "session", "sampler_id": "sampler",
+    "sampling_session_id": "sampler", "request_id": "promise", "tinker_path": "checkpoint",
+    "source_path": "checkpoint", "kind": "kind", "name": "name",
+}  # fmt: skip
+# What a body has to have to be taken, besides its address; None: by IDS, or nothing.
+NEEDED: dict[str, dict[str, Any]] = {
+    "asample": {"sampling_session_id": None, "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]}},
+    "copy_weights": {"destination_project_id": "p", "model_seq_id": None},
+    "create_model": {"base_model": "base", "lora_config": {"rank": 8}},
+    "create_sampling_session": {"base_model": "base", "model_path": None},
+    "load_weights": {"model_id": None, "optimizer": False},
+}
+ENDS = ("/finish", "/unload_model", "/create_model", "/ttl")  # what others need is gone, or used up
+
+
+def addresses() -> dict[str, list[str]]:
+    """Of each route whose body says what it is about, the fields that say so and may not be missing."""
+    found = {}
+    for path, methods in PAGE["paths"].items():
+        for method in methods.values():
+            body = method.get("requestBody", {"content": {"application/json": {"schema": {}}}})
+            required = body["content"]["application/json"]["schema"].get("required", [])
+            names = [name for name in required if name in IDS or name.endswith("_seq_id")]
+            route = path.removeprefix("/api/v1/")
+            if names or route in NEEDED:
+                found[route] = names
+    return found
+
+
+def right(here: Loop, route: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The body about what exists, so that what is behind the check for that is reached too."""
     own = here.owner.objects
-    return {"run_id": own["run"], "session_id": own["session"], "sampler_id": own["sampler"]}
+    body = dict.fromkeys(addresses().get(route, ()), 1) | body | NEEDED.get(route, {})
+    if route == "load_weights":
+        body["path"] = own["checkpoint"]
+    if route == "copy_weights":
+        body.pop("session_id", None)  # a project is the other choice
+    return body | {name: own[IDS[name]] for name in body if IDS.get(name) in own}
 
 
+@SCHEMA.given(is_real=st.booleans())
 @SCHEMA.parametrize()
-@QUIET
-def test_what_the_api_page_describes(here: Loop, case: schemathesis.Case) -> None:
+@settings(QUIET, max_examples=12)
+def test_what_the_api_page_describes(here: Loop, case: schemathesis.Case, is_real: bool) -> None:
     """Bodies and queries as described, with ids that exist in half of the cases."""
     path = case.path
     arguments = dict(case.path_parameters or {})
     body = case.body if isinstance(case.body, dict | list | str | int | float | type(None)) else {}
-    if len(json.dumps(arguments, default=str)) % 2:
-        real = fields_of(here, path)
-        arguments = {key: real.get(key, value) for key, value in arguments.items()}
-        if isinstance(body, dict):
-            names = {"model_id": "run", "session_id": "session", "sampling_session_id": "sampler"}
-            body = body | {k: here.owner.objects[v] for k, v in names.items() if k in body}
+    if is_real:
+        own = here.owner.objects | {"kind": "weights", "name": "a"}
+        arguments |= {name: own[IDS[name]] for name in arguments if name in IDS}
+        body = right(here, path.removeprefix("/api/v1/"), body) if isinstance(body, dict) else body
     for key, value in arguments.items():
         path = path.replace(
             "{" + key + "}",
@@ -93,8 +147,18 @@ def test_what_the_api_page_describes(here: Loop, case: schemathesis.Case) -> Non
         )
     query = {k: v for k, v in (case.query or {}).items() if isinstance(v, str | int | float | bool)}
     answer = here.send(case.method.upper(), f"http://server{path}", params=query, content=_json(body))
-    if path.endswith("/finish") and answer.status_code == 204:
-        here.run(here.owner.settle())
+    is_taken = answer.status_code < 300
+    if is_real and is_taken:
+        here.taken.add(case.path.removeprefix("/api/v1/"))
+    if answer.status_code == 503 or (is_taken and (path.endswith(ENDS) or case.method.upper() == "DELETE")):
+        here.start_anew()
+
+
+def test_each_route_took_a_body_of_those(here: Loop) -> None:
+    """Or they were all refused for something else, and nothing was tried."""
+    missing = set(addresses()) - here.taken
+    assert len(addresses()) == 18
+    assert not missing
 
 
 def _json(body: Any) -> bytes:
@@ -148,7 +212,8 @@ NASTY = [
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_names_and_paths_cannot_escape(here: Loop, name: str, tmp_path: Path) -> None:
+def test_names_and_paths_cannot_escape(here: Loop, name: str) -> None:
+    here.start_anew()
     own = here.owner.objects["run"]
     for path in (
         f"training_runs/{name}", f"training_runs/{name}/checkpoints", f"sessions/{name}", f"samplers/{name}",
@@ -159,15 +224,23 @@ def test_names_and_paths_cannot_escape(here: Loop, name: str, tmp_path: Path) ->
     ):  # fmt: skip
         answer = here.send("GET", f"{API}/{path}")
         assert answer.status_code in (400, 401, 404, 422), (path, answer.status_code)
-    text = httpx.URL(f"http://x/{name}").path[1:]
+    text = unquote(name)
     for kind in ("save_weights", "save_weights_for_sampler", "save_weights_external"):
-        body = {"model_id": own, "seq_id": None, "path": f"../{text}"}
-        promised = here.send("POST", f"{API}/{kind}", json=body)
-        if promised.status_code == 200:
-            told = here.send(
-                "POST", f"{API}/retrieve_future", json={"request_id": promised.json()["request_id"]}
-            )
-            assert told.status_code == 408 or "letters, digits" in told.json()["error"]
+        for path in (text, f"../{text}"):
+            body = {"model_id": own, "seq_id": None, "path": path}
+            promised = here.send("POST", f"{API}/{kind}", json=body)
+            assert promised.status_code == 200
+            told = here.outcome(promised.json()["request_id"])
+            if "error" in told:
+                assert ("is reserved" if path == ".." else "letters, digits") in told["error"]
+            else:
+                assert told["path"].endswith(f"/{path}")
+    records = here.world.plane._books.checkpoints.of_run(own)
+    assert len(records) >= 3, "those that each run is made with, and what may be a name"
+    for record in records:
+        found = Path(record.directory).resolve()
+        assert (found / "manifest.json").exists()
+        assert len(found.relative_to(here.root.resolve() / "checkpoints").parts) == 3
 
 
 def test_errors_name_no_path_of_the_server_and_no_traceback(here: Loop) -> None:
@@ -199,6 +272,7 @@ def test_bombs_take_no_more_memory_than_bodies_may(here: Loop, bomb: str) -> Non
         "many": lambda: (b'{"a":' * (MIB // 2) + b"1" + b"}" * (MIB // 2), {}),
         "datums": lambda: (empty_datums(here), {"Content-Type": PROTOBUF}),
     }
+    here.start_anew()
     content, headers = makers[bomb]()
     gc.collect()
     tracemalloc.start()
