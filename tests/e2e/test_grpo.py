@@ -1,4 +1,4 @@
-"""The reinforcement learning examples, short and on a tiny model, all at once: the mean reward rises clearly."""
+"""The reinforcement learning examples, short, on a tiny model, all at once: the mean reward rises clearly."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def programs(server: RunningServer, directory: Path) -> Iterator[dict[str, subpr
     started = {}
     for program, steps in NUM_STEPS.items():
         options = ["--base-url", server.url, "--model", "llama", "--steps", str(steps), "--max-tokens", "8"]
+        options += ["--learning-rate", "1e-2", "--output", "plot here"]
         (directory / program).mkdir()
         with (directory / program / "said").open("wb") as said:
             started[program] = subprocess.Popen(
-                [sys.executable, EXAMPLES / program, *options, "--learning-rate", "1e-2"]
-                + ["--output", "plot here"],
+                [sys.executable, EXAMPLES / program, *options],
                 cwd=directory / program,
                 env=os.environ | {"TINKER_TELEMETRY": "0"},
                 stdout=said,

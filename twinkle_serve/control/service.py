@@ -185,6 +185,7 @@ class ControlPlane(Management):
     async def _fall_back(self, run: Run, held: list[RunEntry], reason: str) -> None:
         assert self._keeper is not None
         await recovery.fall_back(self._keeper, run, held, reason)
+        self._training.watch_gap(run)  # one that opened while the run's log was held
         self._drivers[run.group].ready(run)
 
     async def healthy(self) -> bool:
