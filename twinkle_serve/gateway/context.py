@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -17,12 +18,12 @@ from fastapi import Depends, Request
 from twinkle_serve.config import Config, TenantLimits
 from twinkle_serve.control.backend import Backend
 from twinkle_serve.gateway.doors import Doors, Visit
-from twinkle_serve.gateway.http import expected_bytes, read_body
+from twinkle_serve.gateway.http import expected_bytes, sent_body
 from twinkle_serve.gateway.identity import Identity
 from twinkle_serve.gateway.links import Links
 from twinkle_serve.gateway.publishing import Publisher
 from twinkle_serve.protocol.batch import DatumLimits, dense_room
-from twinkle_serve.protocol.bodies import parse_object
+from twinkle_serve.protocol.bodies import decompress, parse_object
 from twinkle_serve.protocol.losses import LossSpec
 from twinkle_serve.protocol.sample import SampleLimits
 from twinkle_serve.protocol.work import ModelInfo
@@ -30,6 +31,9 @@ from twinkle_serve.protocol.work import ModelInfo
 Value = TypeVar("Value")
 _CACHE_SIZE = 4096
 _MAX_LOSSES = 64
+_SMALL_BODY_BYTES = 2**16
+# What training sends shrinks to a tenth and less.
+_SMALL_COMPRESSED_BYTES = 2**12
 
 
 async def itself(value: Any) -> Any:
@@ -53,7 +57,7 @@ class Gateway:
     losses: dict[tuple[str, str], str] = field(default_factory=dict)
     doors: Doors = field(default_factory=Doors)
     publisher: Publisher | None = None
-    # By tenant: held while one of its large requests is made into arrays.
+    # By tenant: held while one of its large requests is decoded.
     decoding: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
 
@@ -78,11 +82,27 @@ class Call:
         line while the tenant's other bodies are too many."""
         max_bytes = self.max_body_bytes if most is None else min(most, self.max_body_bytes)
         await self.visit.hold(expected_bytes(request, max_bytes))
-        return await read_body(request, max_bytes)
+        sent = await sent_body(request, max_bytes)
+        encoding = request.headers.get("content-encoding")
+        if encoding is None:
+            return sent
+        unpack = partial(decompress, sent, encoding, max_bytes)
+        return await self.beside(unpack, len(sent), _SMALL_COMPRESSED_BYTES)
 
     async def object(self, request: Request, most: int | None = None) -> dict[str, Any]:
         """The JSON object in the body; {} when there is none. As ``body``."""
-        return parse_object(await self.body(request, most))
+        body = await self.body(request, most)
+        return await self.beside(partial(parse_object, body), len(body))
+
+    async def beside(
+        self, work: Callable[[], Value], num_bytes: int, small: int = _SMALL_BODY_BYTES
+    ) -> Value:
+        """What ``work`` makes of so many bytes: of more than ``small`` in a thread, for they can take seconds
+        and here everybody's polls are answered; and for one tenant not several at once."""
+        if num_bytes <= small:
+            return work()
+        async with self.gateway.decoding.setdefault(self.tenant, asyncio.Lock()):
+            return await asyncio.to_thread(work)
 
     async def datum_limits(self, run_id: str, body_bytes: int) -> DatumLimits:
         """Those of a request whose body has so many bytes. Raises NotFound."""

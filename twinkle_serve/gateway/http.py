@@ -36,6 +36,12 @@ def refusal(status: int, message: str) -> Response:
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The decompressed body. Raises BodyTooLarge as soon as that is sure, MalformedBody."""
+    sent = await sent_body(request, max_bytes)
+    return decompress(sent, request.headers.get("content-encoding"), max_bytes)
+
+
+async def sent_body(request: Request, max_bytes: int) -> bytes:
+    """The body as it was sent, perhaps compressed. Raises BodyTooLarge as soon as that is sure."""
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise BodyTooLarge(f"the body has {announced} bytes; at most {max_bytes} are accepted")
@@ -45,8 +51,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise BodyTooLarge(f"the body has more than {max_bytes} bytes")
         parts.append(part)
-    body = parts[0] if len(parts) == 1 else b"".join(parts)
-    return decompress(body, request.headers.get("content-encoding"), max_bytes)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def expected_bytes(request: Request, max_bytes: int) -> int:

@@ -7,7 +7,6 @@ for that number.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -47,7 +46,6 @@ from twinkle_serve.protocol.recipients import check_recipients
 from twinkle_serve.protocol.results import PROTOBUF
 
 router = APIRouter(tags=["training"])
-_SMALL_PASS_BYTES = 2**16
 
 
 @router.post("/create_model", openapi_extra=describes(wire.CreateModel))
@@ -90,15 +88,16 @@ async def forward_backward(request: Request, call: Authenticated) -> Response:
     """Protobuf or JSON, told by Content-Type; the result's form is told by the poll's Accept."""
     body = await call.body(request)
     is_proto = PROTOBUF in request.headers.get("content-type", "")
-    envelope = parse_proto(body) if is_proto else parse_json(parse_object(body), forward_only=False)
-    return await _submit_pass(call, envelope, len(body))
+    parse = partial(parse_proto, body) if is_proto else partial(_parse_json, body, forward_only=False)
+    return await _submit_pass(call, await call.beside(parse, len(body)), len(body))
 
 
 @router.post("/forward", openapi_extra=describes(wire.Forward))
 async def forward(request: Request, call: Authenticated) -> Response:
     """Old SDKs only; newer ones set forward_only."""
     body = await call.body(request)
-    return await _submit_pass(call, parse_json(parse_object(body), forward_only=True), len(body))
+    envelope = await call.beside(partial(_parse_json, body, forward_only=True), len(body))
+    return await _submit_pass(call, envelope, len(body))
 
 
 @router.post("/optim_step", openapi_extra=describes(wire.Addressed, wire.OptimStep))
@@ -161,6 +160,10 @@ async def _submit(call: Call, body: Mapping[str, Any], build: Callable[[], Comma
     return await _submit_command(call, model_id, seq_id, _built(build))
 
 
+def _parse_json(body: bytes, forward_only: bool) -> ForwardEnvelope:
+    return parse_json(parse_object(body), forward_only)
+
+
 async def _submit_pass(call: Call, envelope: ForwardEnvelope, body_bytes: int) -> Response:
     limits = await call.datum_limits(envelope.model_id, body_bytes)
     check: Callable[[], CheckedPass] = partial(check_pass, envelope, limits, call.gateway.whitelist)
@@ -170,13 +173,7 @@ async def _submit_pass(call: Call, envelope: ForwardEnvelope, body_bytes: int) -
             check = partial(check_uploaded, envelope, await call.custom_loss(loss_id), limits)
     except (UserError, NotFound) as error:
         check = partial(_refuse, str(error))
-    if body_bytes <= _SMALL_PASS_BYTES:
-        command = _built(lambda: _pass(check()))
-    else:
-        # Seconds of work, at the worst: not where everybody's polls are answered, and for one tenant not
-        # several times at once.
-        async with call.gateway.decoding.setdefault(call.tenant, asyncio.Lock()):
-            command = await asyncio.to_thread(_built, lambda: _pass(check()))
+    command = await call.beside(lambda: _built(lambda: _pass(check())), body_bytes)
     return await _submit_command(call, envelope.model_id, envelope.seq_id, command)
 
 

@@ -49,11 +49,26 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         try:
-            value = json.loads(body)
-            # A lone surrogate, which this parser lets through, could be stored but never be shown again.
-            json.dumps(value, ensure_ascii=False).encode()
+            # Without a hook in Python no other thread could run until the whole body is parsed.
+            value = json.loads(body, object_hook=lambda item: item)
+            _check_strings(value)
         except (ValueError, RecursionError) as error:
             raise MalformedBody(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise MalformedBody("the body must be a JSON object")
     return value
+
+
+def _check_strings(value: Any) -> None:
+    """Raises ValueError for a lone surrogate, which this parser lets through: it could be stored but never be
+    shown again."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            item.encode()
+        elif isinstance(item, dict):
+            left += item
+            left += [inner for inner in item.values() if isinstance(inner, str | dict | list)]
+        elif isinstance(item, list):
+            left += [inner for inner in item if isinstance(inner, str | dict | list)]

@@ -1,0 +1,93 @@
+"""Bodies that take long to decode: what is done with them leaves the event loop to everybody else."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import zstandard
+
+from tests.gateway.scripted import ScriptedBackend
+from tests.protocol import sdk_bodies as sdk
+from twinkle_serve.control.backend import OptimCommand, PassCommand
+from twinkle_serve.gateway import context, training
+
+LARGE = 2**17
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, threading.Thread]:
+    """Which thread did each part of the work, filled as requests come."""
+    found: dict[str, threading.Thread] = {}
+
+    def watch(module: Any, name: str) -> None:
+        whole: Callable[..., Any] = getattr(module, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            found[name] = threading.current_thread()
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for name in ("parse_object", "parse_json", "parse_proto", "check_pass"):
+        watch(training, name)
+    watch(context, "decompress")
+    return found
+
+
+def beside(threads: dict[str, threading.Thread]) -> set[str]:
+    return {name for name, thread in threads.items() if thread is not threading.current_thread()}
+
+
+async def test_large_json_passes(
+    client: httpx.AsyncClient, backend: ScriptedBackend, threads: dict[str, threading.Thread]
+) -> None:
+    body = sdk.forward_json([sdk.json_datum([1, 2])], 1)
+    either = body | {"forward_input": body["forward_backward_input"]}
+    for number, route in enumerate(("forward_backward", "forward"), 1):
+        for padding, expected in ((0, set()), (LARGE, {"parse_object", "parse_json", "check_pass"})):
+            content = json.dumps(either | {"seq_id": 2 * number + bool(padding), "padding": "x" * padding})
+            answer = await client.post(f"/{route}", content=content)
+            assert answer.status_code == 200, answer.text
+            assert beside(threads) == expected
+    assert all(isinstance(command, PassCommand) for _, _, command in backend.commands)
+    assert len(backend.commands) == 4
+
+
+async def test_large_protobuf_passes_and_what_was_compressed(
+    client: httpx.AsyncClient, backend: ScriptedBackend, threads: dict[str, threading.Thread]
+) -> None:
+    small = sdk.forward_proto([sdk.datum([1, 2])], 1)
+    packed = sdk.PROTO | {"Content-Encoding": "zstd"}
+    await client.post("/forward_backward", content=zstandard.compress(small), headers=packed)
+    assert beside(threads) == set()
+    # Random, so that it stays large; too long for the model, which is found out at the end.
+    tokens = np.random.default_rng(0).integers(0, 2**31, LARGE // 4)
+    large = sdk.forward_proto([sdk.datum(tokens.tolist())], 2)
+    await client.post("/forward_backward", content=zstandard.compress(large), headers=packed)
+    assert beside(threads) == {"decompress", "parse_proto", "check_pass"}
+    assert len(backend.commands) == 2
+
+
+async def test_other_large_objects(
+    client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsing: list[threading.Thread] = []
+
+    def parse(body: bytes) -> Any:
+        parsing.append(threading.current_thread())
+        return json.loads(body)
+
+    monkeypatch.setattr(context, "parse_object", parse)
+    for number, padding in ((1, 0), (2, LARGE)):
+        body = {"model_id": sdk.RUN, "seq_id": number, "adam_params": {}, "padding": "x" * padding}
+        answer = await client.post("/optim_step", json=body)
+        assert answer.status_code == 200, answer.text
+    here = threading.current_thread()
+    assert [thread is here for thread in parsing] == [True, False]
+    assert all(isinstance(command, OptimCommand) for _, _, command in backend.commands)
