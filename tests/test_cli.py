@@ -251,14 +251,21 @@ def test_up_fails_with_one_line_when_the_port_is_taken(config: Path) -> None:
     assert reason == f"twinkle-serve: http.port {port} on 127.0.0.1 cannot be used: Address already in use"
 
 
-@pytest.mark.parametrize(("name", "below"), [("storage.root", ""), ("monitoring.log_file", "/log")])
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("storage.root={}", "storage.root: cannot write in {}: Not a directory"),
+        ("monitoring.log_file={}", "monitoring.log_file: cannot write {}: Not a directory"),
+        ("monitoring.log_file=/", "monitoring.log_file: cannot write /: Is a directory"),
+    ],
+)
 def test_up_fails_with_one_line_where_it_cannot_write(
-    config: Path, tmp_path: Path, name: str, below: str
+    config: Path, tmp_path: Path, setting: str, reason: str
 ) -> None:
-    directory = tmp_path / "a file" / "in the way"
-    directory.parent.touch()
-    reason = _reason(_up(config, f"http.port={free_port()}", f"{name}={directory}{below}"))
-    assert reason == f"twinkle-serve: {name}: cannot write in {directory}: Not a directory"
+    below = tmp_path / "a file" / "in the way"
+    below.parent.touch()
+    done = _up(config, f"http.port={free_port()}", setting.format(below))
+    assert _reason(done) == f"twinkle-serve: {reason.format(below)}"
 
 
 @pytest.mark.slow

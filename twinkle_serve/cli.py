@@ -308,16 +308,20 @@ def _require_free(host: str, port: int) -> None:
 
 def _require_writable(config: Config) -> None:
     """Every process writes there, and would fail in its own words, long after this."""
-    places = {"storage.root": config.storage.root}
-    if config.monitoring.log_file is not None:
-        places["monitoring.log_file"] = config.monitoring.log_file.parent
-    for name, directory in places.items():
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory):
-                pass
-        except OSError as error:
-            raise CommandError(f"{name}: cannot write in {directory}: {error.strerror}") from None
+    root, log_file = config.storage.root, config.monitoring.log_file
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise CommandError(f"storage.root: cannot write in {root}: {error.strerror}") from None
+    if log_file is None:
+        return
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.open("ab").close()  # its directory need not be ours
+    except OSError as error:
+        raise CommandError(f"monitoring.log_file: cannot write {log_file}: {error.strerror}") from None
 
 
 def _url(config: Config) -> str:
