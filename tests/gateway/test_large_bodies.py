@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -14,8 +16,12 @@ import zstandard
 
 from tests.gateway.scripted import ScriptedBackend
 from tests.protocol import sdk_bodies as sdk
+from twinkle_serve.config import Config
 from twinkle_serve.control.backend import OptimCommand, PassCommand
 from twinkle_serve.gateway import context, training
+from twinkle_serve.gateway.app import create_app
+from twinkle_serve.gateway.identity import Caller, CheckedIdentity
+from twinkle_serve.protocol.errors import UserError
 
 LARGE = 2**17
 
@@ -91,3 +97,40 @@ async def test_other_large_objects(
     here = threading.current_thread()
     assert [thread is here for thread in parsing] == [True, False]
     assert all(isinstance(command, OptimCommand) for _, _, command in backend.commands)
+
+
+async def test_slow_passes_leave_the_threads_in_which_keys_are_checked(
+    backend: ScriptedBackend, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def check(*_: Any) -> None:
+        begun.release()
+        go_on.wait()
+        raise UserError("wrong")
+
+    monkeypatch.setattr(training, "check_pass", check)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    identity = CheckedIdentity(lambda key: Caller(key, key), good_s=20)
+    app = create_app(lambda: backend, config, identity=identity)
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server/api/v1") as client:
+
+        async def send(key: str) -> httpx.Response:
+            body = sdk.forward_json([], 1) | {"model_id": f"run-{key}", "padding": "x" * LARGE}
+            return await client.post("/forward_backward", json=body, headers={"X-API-Key": key})
+
+        try:
+            slow = []
+            for key in ("a", "b"):
+                slow.append(asyncio.create_task(send(key)))
+                while not begun.acquire(blocking=False):
+                    await asyncio.sleep(0.001)
+            other = asyncio.create_task(client.get("/get_server_capabilities", headers={"X-API-Key": "c"}))
+            await asyncio.wait([other], timeout=20)
+            assert other.done()
+            assert other.result().status_code == 200
+            assert not any(task.done() for task in slow)
+        finally:
+            go_on.set()
+        assert [answer.status_code for answer in await asyncio.gather(*slow)] == [200, 200]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +60,8 @@ class Gateway:
     publisher: Publisher | None = None
     # By tenant: held while one of its large requests is decoded.
     decoding: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    # Where that is done: not in the loop's own threads, in which keys are checked and prompts encoded.
+    decoders: Executor = field(default_factory=partial(ThreadPoolExecutor, 2, "decoder"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class Call:
         if num_bytes <= small:
             return work()
         async with self.gateway.decoding.setdefault(self.tenant, asyncio.Lock()):
-            return await asyncio.to_thread(work)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.gateway.decoders, work)
 
     async def datum_limits(self, run_id: str, body_bytes: int) -> DatumLimits:
         """Those of a request whose body has so many bytes. Raises NotFound."""
