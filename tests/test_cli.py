@@ -255,7 +255,7 @@ def test_up_fails_with_one_line_when_the_port_is_taken(config: Path) -> None:
     ("setting", "reason"),
     [
         ("storage.root={}", "storage.root: cannot write in {}: Not a directory"),
-        ("monitoring.log_file={}", "monitoring.log_file: cannot write {}: Not a directory"),
+        ("monitoring.log_file={}/log", "monitoring.log_file: cannot write {}/log: Not a directory"),
         ("monitoring.log_file=/", "monitoring.log_file: cannot write /: Is a directory"),
     ],
 )

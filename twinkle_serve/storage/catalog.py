@@ -183,9 +183,9 @@ class Catalog:
             self.delete_checkpoint(record.run_id, record.kind, record.name)
             return None
         except OSError as error:
-            # It may be whole: it stays in the database for a start at which it can be read.
-            _log.error("checkpoint %s is not listed, for it cannot be read now: %s", name, error)
-            return None
+            # It may be whole, so its name stays taken; whoever reads it meets the error again.
+            _log.error("checkpoint %s cannot be read now: %s", name, error)
+            return dataclasses.replace(record, directory=directory)
         return dataclasses.replace(record, directory=directory, size_bytes=size)
 
 
