@@ -12,7 +12,7 @@ from twinkle_serve.protocol.errors import UserError
 
 MAX_RECIPIENTS = 10
 MAX_KEY_LENGTH = 4096
-"""Characters; an SSH key of 16,384 bits with a comment fits."""
+"""Characters; the longest SSH key, ssh-rsa of 4,096 bits, has 724 without its comment."""
 
 
 def check_recipients(recipients: Sequence[str]) -> tuple[str, ...]:
@@ -43,5 +43,5 @@ def read_recipient(key: str) -> Any:
             raise
         raise UserError(
             f"age_encryption_recipients: {key!r:.80} is neither an age X25519 key (age1...) nor an SSH "
-            "public key (ssh-ed25519, ssh-rsa)"
+            "public key (ssh-ed25519, or ssh-rsa of 2,048 to 4,096 bits)"
         ) from None
