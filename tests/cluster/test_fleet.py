@@ -117,6 +117,31 @@ async def test_a_model_without_any_group_is_an_error_that_names_it() -> None:
         await fleet.start_enough()
 
 
+async def test_a_model_that_cannot_load_is_told_of_while_others_still_wait_for_room() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}, {"name": "b"}, {"name": "c"}), "b", grace_s=60.0)
+    for name in ("a#2", "c"):
+        fleet.groups[name].has_room.clear()
+    with pytest.raises(LoadError, match=r"^cannot load b$"):
+        await asyncio.wait_for(fleet.start_enough(), 10)
+    for group in fleet.groups.values():
+        group.works = True
+        group.has_room.set()
+    await fleet.start_enough()
+    assert fleet.missing == []
+    assert [group.num_starts for group in fleet.groups.values()] == [1, 1, 2, 1]
+
+
+async def test_a_model_is_not_given_up_while_another_group_of_it_loads() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}, {"name": "b"}), "a")
+    fleet.groups["a#2"].has_room.clear()
+    enough = asyncio.create_task(fleet.start_enough())
+    for _ in range(100):  # turns of the loop
+        await asyncio.sleep(0)
+    fleet.groups["a#2"].has_room.set()
+    await enough
+    assert list(fleet.started) == ["a#2", "b"]
+
+
 async def test_a_model_that_comes_while_others_load_is_not_waited_for() -> None:
     fleet = _fleet(_config({"name": "a"}), "b")
     load = fleet.groups["a"].start

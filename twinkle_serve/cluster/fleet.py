@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from twinkle_serve.cluster.group import LoadError, RayGroup
@@ -65,20 +65,22 @@ class Fleet:
         were given ``grace_s`` more: a group without room must not keep a loaded one away for an hour. What is
         still under way then goes on, for ``start`` to hear of.
 
-        Raises LoadError if a base model is left without a group that trains; for the rest, and for models
-        that come to be served meanwhile, it is enough to try again later.
+        Raises LoadError as soon as a base model is left without a group that trains; for the rest, and for
+        models that come to be served meanwhile, it is enough to try again later.
         """
         models = dict(self._models)
         starts = {name: self._begin(name) for name in self.missing}
-        pending = set(starts.values())
-        while pending and not self._trains(models):
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        if pending:
-            await asyncio.wait(pending, timeout=self._grace_s)
+        pending = starts
+        while not _all_train(models, self.started) and _all_train(models, {*self.started, *pending}):
+            await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
+            pending = {name: start for name, start in starts.items() if not start.done()}
+        are_enough = _all_train(models, self.started)
+        if are_enough and pending:
+            await asyncio.wait(pending.values(), timeout=self._grace_s)
         over = {name: self._starts.pop(name) for name, start in starts.items() if start.done()}
         errors = {name: error for name, start in over.items() if (error := start.exception()) is not None}
         bugs = {name: error for name, error in errors.items() if not isinstance(error, LoadError)}
-        if not self._trains(models):
+        if not are_enough:
             if bugs:
                 raise next(iter(bugs.values()))
             raise LoadError("; ".join(dict.fromkeys(map(str, errors.values()))))
@@ -91,17 +93,18 @@ class Fleet:
             self._starts[name] = asyncio.create_task(self.groups[name].start())
         return self._starts[name]
 
-    def _trains(self, models: Mapping[str, ModelConfig]) -> bool:
-        """Whether each base model has a group in which runs can live. models: by name of the group."""
-        trained = {
-            model.name
-            for name, model in models.items()
-            if self.groups[name].was_started and name not in sampling_group_names(model)
-        }
-        return all(model.name in trained for model in models.values())
-
     async def stop(self) -> None:
         for start in self._starts.values():
             start.cancel()
         await asyncio.gather(*self._starts.values(), return_exceptions=True)
         await asyncio.gather(*(group.stop() for group in self.groups.values()))
+
+
+def _all_train(models: Mapping[str, ModelConfig], groups: Collection[str]) -> bool:
+    """Whether each base model has one of ``groups`` in which runs can live. models: by name of the group."""
+    trained = {
+        model.name
+        for name, model in models.items()
+        if name in groups and name not in sampling_group_names(model)
+    }
+    return all(model.name in trained for model in models.values())
