@@ -74,6 +74,19 @@ def test_merged_files_compute_what_peft_computes(
     assert not list((tmp_path / "merged").glob("*.py"))
 
 
+def test_an_index_beside_the_single_file_does_not_count(tmp_path: Path) -> None:
+    base = build_tiny_llama(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, base / "old.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "old.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    peft, _ = adapters(base, tmp_path)
+    merge_adapter(base, peft, tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").glob("*.safetensors*")] == ["model.safetensors"]
+    norm = "model.norm.weight"  # no adapter changes it
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[norm], tensors[norm])
+
+
 def test_the_cookbook_builds_from_the_hosted_layout(
     base: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

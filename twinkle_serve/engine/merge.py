@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
 from twinkle_serve.engine.sharding.families import Family, Part, family_of
-from twinkle_serve.engine.sharding.files import INDEX, SINGLE
+from twinkle_serve.engine.sharding.files import INDEX, weight_files
 
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -44,7 +44,7 @@ class _Source:
 def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> int:
     """Write the merged model to the new directory ``output``. Returns how many tensors the adapter changed.
 
-    Raises ValueError if the adapter is not one of this base model, FileExistsError.
+    Raises ValueError if the adapter is not one of this base model, DamagedModel, FileExistsError.
     """
     base, adapter, output = Path(base), Path(adapter), Path(output)
     output.mkdir(parents=True)
@@ -70,7 +70,8 @@ def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> 
 def _sources(base: Path, delta: _Delta) -> Iterator[_Source]:
     """Every tensor of the result; a tied unembedding that the adapter changes gets a tensor of its own."""
     names: dict[str, Path] = {}
-    for file in _weight_files(base):
+    # Others may lie beside them, with the same weights once more.
+    for file in (base / name for name in weight_files(base)):
         if not file.is_file():
             raise ValueError(f"{base.name} has no {file.name}")
         with safe_open(file, "pt") as tensors:
@@ -79,14 +80,6 @@ def _sources(base: Path, delta: _Delta) -> Iterator[_Source]:
         yield _Source(name, name, file)
     if delta.touches(_HEAD) and _HEAD not in names:
         yield _Source(_EMBEDDING, _HEAD, names[_EMBEDDING])
-
-
-def _weight_files(base: Path) -> list[Path]:
-    """Those that transformers would load; others may lie beside them, with the same weights once more."""
-    if not (base / INDEX).is_file():
-        return [base / SINGLE]
-    listed = json.loads((base / INDEX).read_bytes())["weight_map"]
-    return [base / name for name in sorted(set(listed.values()))]
 
 
 class _Delta:

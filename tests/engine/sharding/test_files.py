@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.base_model import UnsupportedModel, load_base_model
-from twinkle_serve.engine.sharding.files import CHECKSUMS, INDEX, DamagedModel, WeightFiles
+from twinkle_serve.engine.sharding.files import CHECKSUMS, INDEX, SINGLE, DamagedModel, WeightFiles
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.testing.crew import Crew
@@ -60,6 +61,19 @@ def test_tensors_and_slices_of_them(copy: Path, tiny_moe: Path) -> None:
     assert torch.equal(files.read(HEAD), expected[HEAD])
     assert torch.equal(files.read(HEAD, 3, 7), expected[HEAD][3:7])
     load(copy)
+
+
+def test_of_both_forms_in_one_directory_the_one_that_transformers_reads_counts(
+    copy: Path, tiny_moe: Path
+) -> None:
+    tensors = load_file(tiny_moe / SINGLE)
+    save_file(tensors | {HEAD: tensors[HEAD] + 1}, copy / SINGLE, metadata={"format": "pt"})
+    read = AutoModelForCausalLM.from_pretrained(copy).state_dict()[HEAD]
+    assert torch.equal(read, tensors[HEAD] + 1)
+    assert torch.equal(WeightFiles(copy).read(HEAD), read)
+    digest = hashlib.sha256((copy / SINGLE).read_bytes()).hexdigest()
+    (copy / CHECKSUMS).write_text(f"{digest}  {SINGLE}\n")
+    load(copy, checksums=True)
 
 
 def test_a_missing_file_is_named(copy: Path) -> None:

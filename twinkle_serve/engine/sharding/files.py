@@ -31,6 +31,24 @@ class DamagedModel(OSError):
     """A weight file is missing, cut short or changed; the message names it."""
 
 
+def listed_tensors(directory: Path) -> dict[str, str]:
+    """Tensor to file name, out of the index where that counts: beside ``model.safetensors`` it does not, as
+    for transformers. Raises DamagedModel."""
+    path = directory / INDEX
+    if (directory / SINGLE).is_file() or not path.is_file():
+        return {}
+    try:
+        listed: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        return listed
+    except (ValueError, KeyError, TypeError):
+        raise DamagedModel(f"{path} is not a readable index") from None
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The names of those that transformers would load. Raises DamagedModel."""
+    return sorted(set(listed_tensors(directory).values())) or [SINGLE]
+
+
 class WeightFiles:
     """The tensors of a model directory by name. Opens every file at once, which reads their headers only.
 
@@ -40,10 +58,10 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file_of: dict[str, Any] = {}
-        for name in self._names():
+        for name in weight_files(directory):
             file = self._open(directory / name)
             self._file_of.update(dict.fromkeys(file.keys(), file))
-        for name, path in self._listed().items():
+        for name, path in listed_tensors(directory).items():
             if name not in self._file_of:
                 raise DamagedModel(f"{directory / path} lacks {name}, which {INDEX} says it holds")
 
@@ -74,26 +92,12 @@ class WeightFiles:
             raise DamagedModel(f"{path} is missing; write it with: sha256sum *.safetensors > {CHECKSUMS}")
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
         wanted = {name.lstrip("*").strip(): digest for digest, name in lines}
-        for name in self._names()[place::count]:
+        for name in weight_files(self._directory)[place::count]:
             logger.info("checking %s", self._directory / name)
             with (self._directory / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if wanted.get(name) != found:
                 raise DamagedModel(f"{self._directory / name} does not have the sha256 in {CHECKSUMS}")
-
-    def _listed(self) -> dict[str, str]:
-        """Tensor to file name, out of the index; nothing without one."""
-        path = self._directory / INDEX
-        if not path.is_file():
-            return {}
-        try:
-            listed: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-            return listed
-        except (ValueError, KeyError, TypeError):
-            raise DamagedModel(f"{path} is not a readable index") from None
-
-    def _names(self) -> list[str]:
-        return sorted(set(self._listed().values())) or [SINGLE]
 
     def _open(self, path: Path) -> Any:
         if not path.is_file():
