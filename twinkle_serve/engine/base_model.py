@@ -159,6 +159,7 @@ def load_base_model(config: ModelConfig, directory: Path, ranks: Ranks | None = 
     if ranks.size > 1 or has_weights(directory):
         files = WeightFiles(directory)  # says in a moment what loading would stumble over in minutes
         if config.checksums:
+            ranks.wait_for_all(config.load_deadline_s)  # another machine's download may be slower
             files.verify(ranks)
     sharding = _sharding(config, ranks, device)
     model = sharding.load(config, model_config, directory, device, dtype)

@@ -114,6 +114,29 @@ def test_checksums_are_compared_if_asked_for(copy: Path) -> None:
         load(copy, checksums=True)
 
 
+class WatchedRanks(Ranks):
+    """What this rank asked of its peers until checksums were compared, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[object] = []
+
+    def wait_for_all(self, timeout_s: float) -> None:
+        self.asked.append(timeout_s)
+
+    def sharing(self, thing: object) -> tuple[int, int]:
+        self.asked.append("sharing")
+        return super().sharing(thing)
+
+
+def test_checksums_wait_for_the_slowest_download_as_long_as_loading_may_take(copy: Path) -> None:
+    write_checksums(copy)
+    config = ModelConfig(name="m", path=str(copy), num_threads=1, checksums=True, load_deadline_s=1234)
+    ranks = WatchedRanks()
+    load_base_model(config, copy, ranks)
+    assert ranks.asked[:2] == [1234, "sharing"]
+
+
 def verify(place: RankPlace, directory: Path) -> str:
     """What is wrong with the files that this rank looks at."""
     ranks = Ranks.join(place, torch.device("cpu"))
