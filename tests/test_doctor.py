@@ -85,7 +85,13 @@ def empty_file(directory: Path) -> None:
     file.write_bytes(b"")
 
 
+def spoil_index(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    (directory / "model.safetensors.index.json").write_text("[]")
+
+
 def lose_shard(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -108,7 +114,7 @@ def no_weights(directory: Path) -> None:
         (lambda d: (d / "config.json").write_text("{"), "config.json is not a JSON object"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
         (lambda d: (d / "config.json").write_text("{}"), "names no architecture"),
-        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "index.json cannot be read"),
+        (spoil_index, "index.json cannot be read"),
         (lambda d: shutil.rmtree(d), "is not a directory"),
     ],
 )
@@ -118,6 +124,11 @@ def test_damaged_model_files_are_found(model: Path, change: Change, words: str) 
         finding for finding in examine(make(model)) if finding.what == "model" and finding.level == "bad"
     ]
     assert any(words in finding.text for finding in found), found
+
+
+def test_an_index_beside_the_one_file_that_is_loaded_does_not_count(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert not [finding for finding in troubles(make(model)) if finding.level == "bad"]
 
 
 def test_a_header_that_claims_to_be_huge(model: Path) -> None:

@@ -246,7 +246,9 @@ def _weight_problems(directory: Path) -> Iterator[str]:
     names = {file.name for file in directory.glob("*.safetensors")}
     index = directory / "model.safetensors.index.json"
     wanted = names
-    if index.is_file():
+    if "model.safetensors" in names:  # what is loaded if both are there
+        wanted = {"model.safetensors"}
+    elif index.is_file():
         try:
             wanted = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError):
