@@ -292,7 +292,9 @@ def _program(pid: int) -> bytes:
 def _wait_for_connection(process: subprocess.Popen[str]) -> None:
     """Until all of Ray runs and ``up`` connects to it."""
     own = f"twinkle-*/session_latest/logs/python-core-driver-*_{process.pid}.log"
-    temporary = Path(_environment(process.pid)["TMPDIR"])
+    while "TMPDIR" not in (environment := _environment(process.pid)):  # the program is still being loaded
+        assert process.poll() is None
+    temporary = Path(environment["TMPDIR"])
     while not any(temporary.glob(own)):
         assert process.poll() is None
         time.sleep(0.001)
@@ -338,9 +340,33 @@ def test_a_signal_while_starting_leaves_nothing_behind(
         assert process.stderr is not None
         rest = process.stderr.read()
         assert process.wait(30) == 0, rest
+    assert rest.count("stopping on SIGTERM") == 1
     assert rest.splitlines()[-1] == "[twinkle-serve] stopped"
     assert not _with_temporary_files_in(temporary)
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.slow
+def test_a_signal_while_ray_does_not_start_is_told_of_at_once(config: Path, temporary: Path) -> None:
+    with subprocess.Popen(
+        [COMMAND, "up", str(config), "--set", f"http.port={free_port()}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    ) as process:
+        _wait_for_ray(process)
+        (stalled,) = (pid for pid in descendants(process.pid) if _program(pid).endswith(b"gcs_server"))
+        os.kill(stalled, signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while "stopping on SIGINT" not in (line := process.stderr.readline()):
+            assert line, "it ended and had not said that it would"
+        assert _program(stalled), "Ray is still being waited for"
+        os.kill(stalled, signal.SIGCONT)
+        rest = process.stderr.read()
+        assert process.wait(30) == 0, rest
+    assert rest == "[twinkle-serve] stopped\n"
+    assert not _with_temporary_files_in(temporary)
 
 
 def test_keys_are_given_out_listed_rotated_and_revoked(

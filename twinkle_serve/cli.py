@@ -207,16 +207,17 @@ def up(config: Config, options: argparse.Namespace) -> None:
     ready = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    stop, with_haproxy = _Stop(), config.http.proxy == "haproxy"
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
         _require_free(config.http.host, config.http.port)
         _require_writable(config)
         # Imported late: `check-config` must not wait for ray, whose switches are read when it is imported.
         from twinkle_serve.cluster.private_ray import private_ray
 
         _say("starting Ray ...")
-        with private_ray(config.ray, "twinkle-serve", with_haproxy=config.http.proxy == "haproxy"):
+        with private_ray(config.ray, "twinkle-serve", stop.tell, with_haproxy):
             try:
                 _start(config)
                 print(f"ready {_url(config)}", file=ready, flush=True)
@@ -228,11 +229,24 @@ def up(config: Config, options: argparse.Namespace) -> None:
         _say("stopped")
 
 
-def _stop(number: int, _: Any) -> NoReturn:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
-    _say(f"stopping on {signal.Signals(number).name} ...")
-    raise Stopped
+class _Stop:
+    """What SIGTERM and Ctrl-C do."""
+
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def __call__(self, number: int, _: Any) -> NoReturn:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        self.tell(number)
+        raise Stopped
+
+    def tell(self, number: int) -> None:
+        """The time to stop counts from the first signal, also where it cannot be followed yet."""
+        if not self._is_told:
+            self._is_told = True
+            _say(f"stopping on {signal.Signals(number).name} ...")
+            _limit_stopping()
 
 
 def _start(config: Config) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ class Service:
         """Every file and every process of the server, but those at the door, that has the secret in it."""
         needle = secret.encode()
         files = [path for path in self.directory.rglob("*") if path.is_file()]
-        files += [path for path in scratch_of(self.server.pid).rglob("*") if path.is_file()]
+        scratch = scratch_of(self.server.pid)
+        assert (scratch / "session_latest").exists(), "Ray's logs are elsewhere and would not be searched"
+        files += [path for path in scratch.rglob("*") if path.is_file()]
         found = [str(path) for path in files if needle in path.read_bytes()]
         return found + [
             line for pid in (self.server.pid, *descendants(self.server.pid)) for line in inside(pid, needle)
@@ -136,8 +139,13 @@ def serving(directory: Path, model: Path, auth: dict[str, Any]) -> Iterator[Runn
         "http": {"replicas": 1},
         "auth": auth,
     }
-    (directory / "config.yaml").write_text(json.dumps(tree))
-    with running_server(directory / "config.yaml", log=directory / "server.log") as server:
+    config, log = directory / "config.yaml", directory / "server.log"
+    config.write_text(json.dumps(tree))
+    # With so short a name that all temporary files of a server are in one place, Ray's among them.
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="tw") as short,
+        running_server(config, log=log, environment={"TMPDIR": short}) as server,
+    ):
         yield server
 
 

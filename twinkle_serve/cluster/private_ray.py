@@ -11,11 +11,11 @@ import secrets
 import shutil
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from twinkle_serve.cluster import haproxy
 from twinkle_serve.config import RayConfig
@@ -44,12 +44,14 @@ SWITCHES = {
 
 
 @contextmanager
-def private_ray(config: RayConfig, namespace: str, with_haproxy: bool = False) -> Iterator[None]:
+def private_ray(
+    config: RayConfig, namespace: str, on_signal: Callable[[int], None], with_haproxy: bool = False
+) -> Iterator[None]:
     """Ray while the block lasts. Call it once in a process, from the main thread, before ray is imported.
 
-    Handlers of SIGTERM and SIGINT stay in place; while Ray starts they wait. All processes below this one
-    that the block started are gone afterwards, and so is what they left in the system's temporary directory.
-    Raises NoHaproxy.
+    Handlers of SIGTERM and SIGINT stay in place; while Ray starts they wait, and only ``on_signal`` hears of
+    each signal at once, in a thread of its own. All processes below this one that the block started are gone
+    afterwards, and so is what they left in the system's temporary directory. Raises NoHaproxy.
     """
     os.environ |= SWITCHES
     # Given in the environment, so that nothing is read from or written to the home directory.
@@ -69,7 +71,7 @@ def private_ray(config: RayConfig, namespace: str, with_haproxy: bool = False) -
         import ray
 
         try:
-            with _signals_held_back():
+            with _signals_held_back(on_signal):
                 ray.init(
                     address="local",
                     namespace=namespace,
@@ -89,28 +91,50 @@ def private_ray(config: RayConfig, namespace: str, with_haproxy: bool = False) -
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """SIGTERM and SIGINT are handled after the block, in which Ray starts: a process that leaves it half-way
-    crashes at its end."""
+def _signals_held_back(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT are handled after the block, in which Ray starts, however it ends: a process that
+    leaves it half-way crashes at its end."""
     import ray._private.utils
 
     came: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        # While it connects Ray has a handler in C++ too, that calls ours and aborts the process 3 s later.
-        signal.alarm(0)
-        came.append(number)
-
     # It would otherwise begin by taking our place with a handler that exits at once, with an error.
     ray._private.utils.set_sigterm_handler = lambda handler: None
-    own = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    own = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     try:
-        yield
+        with _heard_at_once(on_signal):
+            yield
     finally:
         for number, handler in own.items():
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _heard_at_once(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """A thread hears of signals that have a handler: the main thread, where Python runs the handlers, may be
+    inside Ray's C++ for half a minute."""
+    heard, sent = os.pipe()
+    os.set_blocking(sent, False)
+
+    def listen() -> None:
+        while number := os.read(heard, 1):
+            # While it connects Ray has a handler in C++ too, that calls Python's and aborts the process 3 s
+            # later.
+            signal.alarm(0)
+            on_signal(number[0])
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(sent)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(sent)
+        listener.join()
+        os.close(heard)
 
 
 def descendants(pid: int) -> set[int]:
