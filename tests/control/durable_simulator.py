@@ -33,6 +33,7 @@ from twinkle_serve.storage.journal_rows import JournalEntry
 
 _ENOUGH_S = 5_000.0
 _LONG = 0.1
+_AMPLE = 2**30  # bytes of journal
 
 
 def simulate(seed: int) -> Report:
@@ -52,7 +53,7 @@ def _config(rng: random.Random) -> Config:
             "snapshot_every_s": rng.choice([0.01, 1.0, 60.0]),
             "snapshot_replay_s": rng.choice([0.1, 10.0]),
             # The second is full after some requests, again and again.
-            "journal_max_bytes": rng.choice([2**30, 2**30, 1500]),
+            "journal_max_bytes": rng.choice([_AMPLE, _AMPLE, 1500]),
         }
     )
     return config.model_copy(update={"storage": storage})
@@ -180,6 +181,11 @@ class Server:
             newest = self._rng.choice(twice)[0]
             self.group.files.pop(f"/files/{newest.file}", None)
             self.counts["damaged"] += 1
+
+    @property
+    def may_be_full(self) -> bool:
+        """Whether this schedule's journal is of the kind that is full after some requests."""
+        return self._config.storage.journal_max_bytes < _AMPLE
 
     def unnumbered(self, run_id: str) -> list[JournalEntry]:
         """What was accepted of the run without a seq_id, whether or not its client knows."""

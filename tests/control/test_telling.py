@@ -145,6 +145,24 @@ async def test_a_run_whose_birth_fails_when_it_is_done_again_has_no_adapter():
 
 
 @virtual
+async def test_a_birth_that_failed_is_told_in_the_same_words_after_a_restart():
+    store, group = Store(snapshot_every_s=1e9), EchoGroup()
+    async with store.opened(group) as plane:
+        client, other, path = await saved(plane)
+        group.stored.pop(f"/nowhere/{other}/weights/one")
+        birth = await plane.create_model_from(TENANT, client.session, 1, path, False, None, {})
+        run = f"{client.session}:train:1"
+        refused = await client.submit(run, 1, pass_command("x"))
+        told = [await client.failure(each) for each in (birth, refused)]
+        assert "missing" in told[0].message
+        assert "no adapter" in told[1].message
+    async with store.opened(EchoGroup()) as plane:
+        client = again(client, plane)
+        assert [await client.failure(each) for each in (birth, refused)] == told
+        assert await client.failure(await client.submit(run, 2, pass_command("y"))) == told[1]
+
+
+@virtual
 async def test_a_load_into_a_run_without_an_adapter_is_done_again():
     """Its birth had failed, so that recovery once took it for one that nobody waits for."""
     store, group = Store(snapshot_every_s=1e9), EchoGroup()

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from twinkle_serve.control.backend import RejectedCommand, SnapshotCommand
 from twinkle_serve.control.codec import decode_command, decode_result
-from twinkle_serve.control.commands import BirthCommand, DoneCommand, RestoreCommand, RunCommand, RunEntry
+from twinkle_serve.control.commands import DoneCommand, RestoreCommand, RunCommand, RunEntry
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.kept import UNBORN, Kept
 from twinkle_serve.control.log import CommandLog, Entry
@@ -329,7 +329,7 @@ def _take_in(
         kept.unstored.setdefault(entry.seq_id, (request_id, entry.numbered))
     _remember(keeper, run, entry.seq_id, request_id, entry.numbered)
     command = _decoded(kept, entry)
-    if isinstance(command, BirthCommand):
+    if entry.seq_id == 0:  # its birth, or what is noted of that
         log.prepend(request_id, command)
         return []
     failure = log.append(entry.seq_id if entry.numbered else None, request_id, command, entry.accepted_at)
