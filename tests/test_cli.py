@@ -275,11 +275,12 @@ def test_up_fails_with_one_line_when_the_model_does_not_load(config: Path) -> No
     assert "does not exist" in reason
 
 
-def _wait_for_ray(process: subprocess.Popen[str]) -> None:
-    """Until the first of Ray's processes runs: others are still being started."""
-    while not any(_program(pid).endswith(b"gcs_server") for pid in descendants(process.pid)):
+def _wait_for_ray(process: subprocess.Popen[str], name: bytes = b"/gcs_server") -> int:
+    """Until this one of Ray's processes runs, by default the first: others are still being started."""
+    while not (found := [pid for pid in descendants(process.pid) if _program(pid).endswith(name)]):
         assert process.poll() is None
         time.sleep(0.01)
+    return found[0]
 
 
 def _program(pid: int) -> bytes:
@@ -354,8 +355,7 @@ def test_a_signal_while_ray_does_not_start_is_told_of_at_once(config: Path, temp
         text=True,
         env=os.environ | {"TMPDIR": str(temporary)},
     ) as process:
-        _wait_for_ray(process)
-        (stalled,) = (pid for pid in descendants(process.pid) if _program(pid).endswith(b"gcs_server"))
+        stalled = _wait_for_ray(process, b"/raylet")
         os.kill(stalled, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None

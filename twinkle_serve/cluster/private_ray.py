@@ -114,7 +114,8 @@ def _signals_held_back(on_signal: Callable[[int], None]) -> Iterator[None]:
 @contextmanager
 def _heard_at_once(on_signal: Callable[[int], None]) -> Iterator[None]:
     """A thread hears of signals that have a handler: the main thread, where Python runs the handlers, may be
-    inside Ray's C++ for half a minute."""
+    inside Ray's C++ for long. Only while Ray waits for the port of its first process it lets no thread run,
+    for 30 s at most."""
     heard, sent = os.pipe()
     os.set_blocking(sent, False)
 
