@@ -11,7 +11,7 @@ from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import TENANT, Client
 from tests.control.test_keeper import Store, again
 from tests.control.virtual_time import virtual
-from twinkle_serve.control.backend import LoadCommand, SaveCommand
+from twinkle_serve.control.backend import LoadCommand, SaveCommand, UnloadCommand
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable
 
@@ -62,6 +62,50 @@ async def test_a_load_is_told_once_a_snapshot_has_it_and_nothing_follows_before(
         assert await client.result(requests[0]) == {"model_id": run, "path": path}
         assert store.journal.rows[run].snapshots[0].covered == 4
         assert await client.result(requests[1]) == ("create", "a", "load", "c")
+
+
+@virtual
+async def test_an_unload_does_not_wait_for_the_snapshot_of_a_load():
+    """Where the disk is full it is what makes room."""
+    store, group = Store(snapshot_every_s=1e9), SlowDisk()
+    async with store.opened(group) as plane:
+        client, run, path = await saved(plane)
+        group.is_stuck = True
+        load = await client.submit(run, 4, LoadCommand(path, False))
+        unload = await client.submit(run, 5, UnloadCommand())
+        assert await client.result(unload) == {"model_id": run}
+        assert await client.result(load) == {"model_id": run, "path": path}
+        assert store.journal.rows[run].snapshots == []
+        group.is_stuck = False
+        await asyncio.sleep(10)
+        assert group.slots == [None, None]
+        assert not store.files
+    async with store.opened(EchoGroup()) as plane:
+        client = again(client, plane)
+        assert await client.result(load) == {"model_id": run, "path": path}
+        assert await client.result(unload) == {"model_id": run}
+
+
+@virtual
+async def test_a_load_in_front_of_an_unload_is_told_when_the_group_dies_meanwhile():
+    store, group = Store(snapshot_every_s=1e9), SlowDisk()
+    async with store.opened(group) as plane:
+        client, run, path = await saved(plane)
+        other = await client.create(1)
+        retire = store.journal.retire
+
+        def retire_late(*arguments: Any) -> Any:
+            store.journal._ready_at = asyncio.get_running_loop().time() + 5
+            return retire(*arguments)
+
+        store.journal.retire = retire_late
+        group.is_stuck = True
+        load = await client.submit(run, 4, LoadCommand(path, False))
+        await client.do(run, 5, UnloadCommand())
+        dies_at_next_pass(group)
+        await client.do(other, 1, pass_command("c"))
+        assert group.rebuilds == 1
+        assert await client.result(load) == {"model_id": run, "path": path}
 
 
 @pytest.mark.parametrize("restarts", [False, True])

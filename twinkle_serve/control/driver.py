@@ -365,7 +365,7 @@ class GroupDriver:
             return False
         run = self.books.runs.find(run_id)
         assert run is not None
-        if self._keeper is not None and self._keeper.is_unsure(run):
+        if self._keeper is not None and self._keeper.is_unsure(run, entry.command):
             return True
         over_limit = self.books.quotas.reason_to_wait(run, entry.command, self._places) is not None
         return over_limit or self._suspects.must_wait(run_id)

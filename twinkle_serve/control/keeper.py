@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from twinkle_serve.config import StorageConfig
-from twinkle_serve.control.backend import LoadCommand, OptimCommand, Poll
+from twinkle_serve.control.backend import LoadCommand, OptimCommand, Poll, UnloadCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.clock import Timer
 from twinkle_serve.control.codec import encode_command, encode_result
@@ -193,10 +193,14 @@ class Keeper:
         """Whether something of the run is in the tick that runs."""
         return run.group in self._work and self._work[run.group][run.run_id] > 0
 
-    def is_unsure(self, run: Run) -> bool:
-        """Whether it has done a load that no snapshot has yet, or a failure of it is not on disk."""
+    def is_unsure(self, run: Run, command: RunCommand) -> bool:
+        """Whether ``command`` has to wait: the run has done a load that no snapshot has yet, or a failure of
+        it is not on disk. An unload needs no snapshot, and makes room where there is none for one."""
         kept = self.kept.get(run.run_id)
-        return kept is not None and not (kept.untold is None and kept.noting is None)
+        if kept is None:
+            return False
+        is_loaded = kept.untold is None or isinstance(command, UnloadCommand)
+        return not is_loaded or kept.noting is not None
 
     def ticked(self, group: str, seconds: Mapping[str, float]) -> None:
         """The tick is over, and took so long by phase; nothing if that is not known, or if there was none."""
@@ -384,6 +388,8 @@ class Keeper:
         results = await self.results(kept, last)
         await self.drop(kept, results)
         self.kept.pop(run_id, None)
+        if kept.untold is not None:  # its result is on disk now, and no snapshot will come
+            self.books.resolve(kept.untold.request_id, kept.untold.value)
 
     async def drop(self, kept: Kept, results: list[StoredResult]) -> None:
         """Let ``results`` be all that is left of the run on disk."""

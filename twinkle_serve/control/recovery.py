@@ -53,7 +53,8 @@ def _end_of_unloaded(keeper: Keeper, kept: Kept) -> None:
     """What the group was still doing for the run when it died is not done again."""
     waiting = {entry.request_id for entry in kept.run.log.ready}
     for request_id, _ in kept.unstored.values():
-        if request_id not in waiting and keeper.books.promises.is_pending(request_id):
+        was_at_work = request_id not in waiting and not kept.is_untold(request_id)
+        if was_at_work and keeper.books.promises.is_pending(request_id):
             keeper.books.fail(request_id, _UNLOADED)
 
 

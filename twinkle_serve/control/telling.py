@@ -8,7 +8,7 @@ saved and then deleted would come back, and what failed for want of memory or of
   count before that which came after it in its run, and did not find its work; and
 * the outcome of a save is noted in the same way; but
 * a load is told once a snapshot has what it did, and its run does nothing more until then. From there on
-  nobody goes back: no older snapshot is kept.
+  nobody goes back: no older snapshot is kept. Only an unload need not wait: nothing is left to be done again.
 
 Doing again what nobody was told of is as good as doing it later. Optimizer steps need no note: one that is
 refused discards the gradients, and does so again. Knows commands and outcomes. Does not know ticks.
