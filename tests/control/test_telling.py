@@ -14,6 +14,7 @@ from tests.control.virtual_time import virtual
 from twinkle_serve.control.backend import LoadCommand, SaveCommand, UnloadCommand
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.work import Failure, Outcome
 
 
 class SlowDisk(EchoGroup):
@@ -26,6 +27,22 @@ class SlowDisk(EchoGroup):
         outcomes = super()._write(tick)
         self.writing = [*held, *self.writing]
         return outcomes
+
+
+class FullDisk(EchoGroup):
+    """The next ``num_full`` snapshots find no room."""
+
+    num_full = 0
+
+    def _write(self, tick: Any) -> Any:
+        failed = []
+        if self.num_full and self.writing:
+            self.num_full -= 1
+            failed = [
+                Outcome(each, failure=Failure("no room", "server")) for each, _, _ in self.writing if each
+            ]
+            self.writing = []
+        return [*failed, *super()._write(tick)]
 
 
 def dies_at_next_pass(group: EchoGroup) -> None:
@@ -62,6 +79,33 @@ async def test_a_load_is_told_once_a_snapshot_has_it_and_nothing_follows_before(
         assert await client.result(requests[0]) == {"model_id": run, "path": path}
         assert store.journal.rows[run].snapshots[0].covered == 4
         assert await client.result(requests[1]) == ("create", "a", "load", "c")
+
+
+@virtual
+async def test_a_load_does_not_wait_because_an_earlier_snapshot_failed():
+    store, group = Store(snapshot_every_s=1), FullDisk()
+    async with store.opened(group) as plane:
+        client, run, path = await saved(plane)
+        group.num_full = 1
+        await asyncio.sleep(5)
+        assert group.num_full == 0
+        began_at = asyncio.get_running_loop().time()
+        await client.do(run, 4, LoadCommand(path, False))
+        assert asyncio.get_running_loop().time() - began_at < 2
+
+
+@virtual
+async def test_the_snapshot_of_a_load_waits_for_a_slow_save_before_it():
+    store, group = Store(snapshot_every_s=1e9), EchoGroup()
+    async with store.opened(group) as plane:
+        client, run, path = await saved(plane)
+        group.delay_saves = 2500  # ticks, a minute
+        save = await client.submit(run, 4, SaveCommand("weights", "two"))
+        began_at = asyncio.get_running_loop().time()
+        await client.do(run, 5, LoadCommand(path, False))
+        assert asyncio.get_running_loop().time() - began_at > 35
+        assert (await plane.poll(TENANT, save, 0)).state == "done"
+        assert sum(len(tick.persists) for tick in group.ticks) == 1
 
 
 @virtual

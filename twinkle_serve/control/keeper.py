@@ -187,7 +187,9 @@ class Keeper:
             case OptimCommand():
                 kept.num_steps += 1
             case LoadCommand() | BirthCommand(path=str()):
-                kept.is_urgent = True  # its client is answered, and its run goes on, once a snapshot has it
+                # Its client is answered, and its run goes on, once a snapshot has it: that is tried at once,
+                # even if one has failed just now.
+                kept.is_urgent, kept.not_before = True, 0.0
 
     def is_in_tick(self, run: Run) -> bool:
         """Whether something of the run is in the tick that runs."""
@@ -247,7 +249,9 @@ class Keeper:
         """Make a written snapshot count."""
         num_rewinds = kept.num_rewinds
         try:
-            await self._settled(kept, snapshot.covered)
+            # To begin anew would not help a run that stands still: the same saves would be waited for.
+            stands_still = kept.untold_until(snapshot.covered) is not None
+            await self._settled(kept, snapshot.covered, None if stands_still else _RETRY_S)
             results = await self.results(kept, snapshot.covered)
             if self._is_gone(kept) or kept.num_rewinds > num_rewinds:
                 # A row would bring a dead run back to life, or contradict what is done again: a load may
@@ -297,7 +301,7 @@ class Keeper:
         """Whether the run was unloaded or forgotten meanwhile."""
         return kept.run.record.unloaded or self.kept.get(kept.run.run_id) is not kept
 
-    async def _settled(self, kept: Kept, until: int, patience_s: float | None = _RETRY_S) -> None:
+    async def _settled(self, kept: Kept, until: int, patience_s: float | None) -> None:
         """Wait for the answers up to ``until``: a save that is still being written could not be done again
         from a later state. A load waits for the snapshot itself. Raises TimeoutError."""
         async with asyncio.timeout(patience_s):
