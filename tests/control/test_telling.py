@@ -108,6 +108,25 @@ async def test_the_snapshot_of_a_load_waits_for_a_slow_save_before_it():
         assert sum(len(tick.persists) for tick in group.ticks) == 1
 
 
+class Breaks(EchoGroup):
+    """A bug of the group is met in its tick that loads, after that."""
+
+    async def run(self, tick: Any) -> Any:
+        async for message in super().run(tick):
+            yield message
+        if tick.loads:
+            raise RuntimeError("a bug")
+
+
+@virtual
+async def test_a_load_that_is_done_is_told_so_whatever_else_goes_wrong_in_its_tick():
+    store = Store(snapshot_every_s=1e9)
+    async with store.opened(Breaks()) as plane:
+        client, run, path = await saved(plane)
+        assert await client.do(run, 4, LoadCommand(path, False)) == {"model_id": run, "path": path}
+        assert await state(client, run, 5) == ("create", "a", "load")
+
+
 @virtual
 async def test_an_unload_does_not_wait_for_the_snapshot_of_a_load():
     """Where the disk is full it is what makes room."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from twinkle_serve.control.books import Books
+from twinkle_serve.control.commands import RunEntry
 from twinkle_serve.control.flights import INTERNAL_ERROR, Assembly, Flight, Proof
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.planner import Window
@@ -113,7 +114,12 @@ class InFlight:
             self.settle(Outcome(request_id, failure=INTERNAL_ERROR))
         for work in window.work:
             for entry in work.entries:
-                self._tell(proof_of(entry.command), Outcome(entry.request_id, failure=INTERNAL_ERROR))
+                self._when_sure(entry.request_id, partial(self._fail, entry), lambda: None)
+
+    def _fail(self, entry: RunEntry) -> None:
+        kept = None if self._keeper is None else self._keeper.find(entry.request_id)
+        if kept is None or not kept.is_untold(entry.request_id):  # a load that is done stays done
+            self._tell(proof_of(entry.command), Outcome(entry.request_id, failure=INTERNAL_ERROR))
 
     def lose(self, waiting: Iterable[Flight]) -> None:
         """The group is gone, and with it what was in flight and the samples that wait."""
