@@ -42,5 +42,10 @@ def test_random_deaths_lose_nothing_and_repeat_nothing():
         assert counts[what] > NUM_SCHEDULES / 200, what
 
 
+def test_a_snapshot_from_before_a_rewind_is_not_listed_after_it():
+    """In this schedule the group dies between a snapshot's outcome and the task that would list it."""
+    simulate(17206)
+
+
 def test_a_seed_is_a_schedule():
     assert simulate(11).counts == simulate(11).counts

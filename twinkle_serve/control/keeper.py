@@ -224,7 +224,7 @@ class Keeper:
     def persist(self, run_id: str, slot: int | None) -> tuple[PersistRun, Flight]:
         """The order to snapshot a run, and what becomes of its outcome."""
         kept = self.kept[run_id]
-        covered = kept.executed
+        covered, num_rewinds = kept.executed, kept.num_rewinds
         name = self.files.name_for(run_id, f"{covered}.{self._new_token()}")
         request_id = f"persist {name}"
         kept.begin_snapshot()
@@ -232,7 +232,7 @@ class Keeper:
 
         def written(num_bytes: int) -> None:
             snapshot = StoredSnapshot(run_id, covered, name, num_bytes, self.books.clock.now())
-            self.start(self._list(kept, snapshot))
+            self.start(self._list(kept, snapshot, num_rewinds))
 
         def failed(failure: Failure) -> None:
             logger.error("run %s is not snapshotted: %s", run_id, failure.message)
@@ -245,9 +245,9 @@ class Keeper:
         flight = Flight(request_id, written, failed, lost, outlives_tick=True)
         return PersistRun(request_id, run_id, slot, self.files.path(name)), flight
 
-    async def _list(self, kept: Kept, snapshot: StoredSnapshot) -> None:
-        """Make a written snapshot count."""
-        num_rewinds = kept.num_rewinds
+    async def _list(self, kept: Kept, snapshot: StoredSnapshot, num_rewinds: int) -> None:
+        """Make a written snapshot count. num_rewinds: as it was when the snapshot was ordered; the group may
+        die before this has begun to run."""
         try:
             # To begin anew would not help a run that stands still: the same saves would be waited for.
             stands_still = kept.untold_until(snapshot.covered) is not None
