@@ -94,20 +94,6 @@ async def test_a_load_does_not_wait_because_an_earlier_snapshot_failed():
         assert asyncio.get_running_loop().time() - began_at < 2
 
 
-@virtual
-async def test_the_snapshot_of_a_load_waits_for_a_slow_save_before_it():
-    store, group = Store(snapshot_every_s=1e9), EchoGroup()
-    async with store.opened(group) as plane:
-        client, run, path = await saved(plane)
-        group.delay_saves = 2500  # ticks, a minute
-        save = await client.submit(run, 4, SaveCommand("weights", "two"))
-        began_at = asyncio.get_running_loop().time()
-        await client.do(run, 5, LoadCommand(path, False))
-        assert asyncio.get_running_loop().time() - began_at > 35
-        assert (await plane.poll(TENANT, save, 0)).state == "done"
-        assert sum(len(tick.persists) for tick in group.ticks) == 1
-
-
 class Breaks(EchoGroup):
     """A bug of the group is met in its tick that loads, after that."""
 

@@ -249,9 +249,7 @@ class Keeper:
         """Make a written snapshot count. num_rewinds: as it was when the snapshot was ordered; the group may
         die before this has begun to run."""
         try:
-            # To begin anew would not help a run that stands still: the same saves would be waited for.
-            stands_still = kept.untold_until(snapshot.covered) is not None
-            await self._settled(kept, snapshot.covered, None if stands_still else _RETRY_S)
+            await self._settled(kept, snapshot.covered, _RETRY_S)
             results = await self.results(kept, snapshot.covered)
             if self._is_gone(kept) or kept.num_rewinds > num_rewinds:
                 # A row would bring a dead run back to life, or contradict what is done again: a load may
