@@ -50,7 +50,7 @@ class Loop:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the client hangs: {self.problem()}") from None
         self._reader.join(10)
-        assert code == 0, self.problem()
+        assert code == 0, f"exit code {code}: {self.problem()}"
         seen: dict[str, Any] = json.loads(self._lines[-1])
         return seen
 
