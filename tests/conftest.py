@@ -6,6 +6,7 @@ Importing this imports no torch; a model's builder does, when a test asks for th
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,6 +79,18 @@ def free_port() -> Callable[[], int]:
     from twinkle_serve.testing.server import free_port
 
     return free_port
+
+
+@pytest.fixture
+def loggers_as_before() -> Iterator[None]:
+    """For tests that set up the service's loggers."""
+    root = logging.getLogger("twinkle_serve")
+    level, handlers = root.level, list(root.handlers)
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
 
 
 @pytest.fixture

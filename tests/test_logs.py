@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,8 @@ import pytest
 from twinkle_serve.config import MonitoringConfig
 from twinkle_serve.logs import configure_logs
 
+pytestmark = pytest.mark.usefixtures("loggers_as_before")
 logger = logging.getLogger("twinkle_serve.test")
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    root = logging.getLogger("twinkle_serve")
-    level, handlers = root.level, list(root.handlers)
-    yield
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

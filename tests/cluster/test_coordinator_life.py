@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +17,7 @@ from twinkle_serve.cluster.fleet import Fleet
 from twinkle_serve.config import Config
 from twinkle_serve.storage.histories import FOLDER
 
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """The loggers, which a coordinator sets up."""
-    root = logging.getLogger("twinkle_serve")
-    level, handlers = root.level, list(root.handlers)
-    yield
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("loggers_as_before")  # a coordinator sets them up
 
 
 def _coordinator(tmp_path: Path, groups: int = 1, **settings: Any) -> Coordinator:

@@ -236,9 +236,11 @@ class Engine:
         return state
 
     def _optim(self, every: Sequence[OptimStep]) -> Iterator[Outcome]:
-        steps = [step for step in every if self.pool.is_occupied(step.slot)]
+        steps = []
         for step in every:
-            if step not in steps:
+            if self.pool.is_occupied(step.slot):
+                steps.append(step)
+            else:
                 yield Outcome(step.request_id, failure=NO_ADAPTER)
         work = [SlotStep(self.pool, step.slot, step.params) for step in steps]
         for step, result in zip(steps, adamw_step(work, self._shares), strict=True):
