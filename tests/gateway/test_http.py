@@ -117,6 +117,11 @@ async def test_the_api_page_shows_requests(client: httpx.AsyncClient) -> None:
     create = page["paths"]["/api/v1/create_model"]["post"]["requestBody"]["content"]["application/json"]
     assert create["schema"]["properties"]["lora_config"]["properties"]["rank"]["type"] == "integer"
     assert page["paths"]["/api/v1/optim_step"]["post"]["tags"] == ["training"]
+    load = page["paths"]["/api/v1/load_weights"]["post"]["requestBody"]["content"]["application/json"]
+    forms = [set(form["required"]) for form in load["schema"]["anyOf"]]
+    assert forms == [{"model_id", "path"}, {"session_id", "model_seq_id", "path"}]
+    sample = page["paths"]["/api/v1/asample"]["post"]["requestBody"]["content"]["application/json"]
+    assert {"sampling_session_id", "seq_id", "prompt", "num_samples"} <= set(sample["schema"]["properties"])
 
 
 async def test_the_cache_of_models_is_bounded(backend: ScriptedBackend, config: Config) -> None:

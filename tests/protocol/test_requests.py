@@ -151,7 +151,7 @@ BARE = {"session_id": "s", "model_seq_id": 0, "base_model": "b", "lora_config": 
                 wire.SaveWeights,
                 wire.SaveForSampler,
                 wire.SaveExternal,
-                wire.LoadWeights,
+                wire.CreateFromWeights,
             )
         ),
         (wire.CreateSession, "tags", ["x" * (KEPT - 4)], ["x" * (KEPT - 3)]),

@@ -6,6 +6,7 @@ Knows size limits, encodings and how an error looks. Does not know what a route 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,6 +67,19 @@ def expected_bytes(request: Request, max_bytes: int) -> int:
 def describes(*models: type[Lenient]) -> dict[str, Any]:
     """For the API page: handlers read their bodies themselves, so FastAPI cannot see the schema. A body
     has the fields of all ``models``."""
+    return _request_body(_schema(models))
+
+
+def describes_either(*forms: Sequence[type[Lenient]]) -> dict[str, Any]:
+    """As ``describes``, for a body that has one of several forms."""
+    return _request_body({"anyOf": [_schema(models) for models in forms]})
+
+
+def _request_body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"content": {JSON: {"schema": schema}}}}
+
+
+def _schema(models: Sequence[type[Lenient]]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     required: set[str] = set()
     for model in models:
@@ -73,8 +87,7 @@ def describes(*models: type[Lenient]) -> dict[str, Any]:
         schema = _inlined(schema, schema.pop("$defs", {}))
         properties |= schema.get("properties", {})
         required |= set(schema.get("required", ()))
-    body = {"type": "object", "properties": properties, "required": sorted(required)}
-    return {"requestBody": {"content": {JSON: {"schema": body}}}}
+    return {"type": "object", "properties": properties, "required": sorted(required)}
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from twinkle_serve.control.backend import (
     UnloadCommand,
 )
 from twinkle_serve.gateway.context import Authenticated, Call
-from twinkle_serve.gateway.http import describes, reply
+from twinkle_serve.gateway.http import describes, describes_either, reply
 from twinkle_serve.protocol import requests as wire
 from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.errors import UserError
@@ -46,6 +46,8 @@ from twinkle_serve.protocol.recipients import check_recipients
 from twinkle_serve.protocol.results import PROTOBUF
 
 router = APIRouter(tags=["training"])
+
+LOADS = describes_either((wire.Addressed, wire.LoadWeights), (wire.CreateFromWeights,))
 
 
 @router.post("/create_model", openapi_extra=describes(wire.CreateModel))
@@ -124,15 +126,15 @@ async def save_weights_external(request: Request, call: Authenticated) -> Respon
     return await _submit(call, body, lambda: _save_external(body))
 
 
-@router.post("/load_weights", openapi_extra=describes(wire.LoadWeights))
+@router.post("/load_weights", openapi_extra=LOADS)
 async def load_weights(request: Request, call: Authenticated) -> Response:
     """Into the run ``model_id``, or, with a session instead of a run, into a new one."""
     body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
     if body.get("model_id") is not None:
         return await _submit(call, body, lambda: _load(body))
-    load = wire.read(wire.LoadWeights, body)
-    if load.session_id is None or load.model_seq_id is None:
+    if body.get("session_id") is None or body.get("model_seq_id") is None:
         raise UserError("load_weights needs model_id, or session_id and model_seq_id")
+    load = wire.read(wire.CreateFromWeights, body)
     wire.check_optimizer(load.optimizer_config)
     request_id = await call.backend.create_model_from(
         call.tenant,

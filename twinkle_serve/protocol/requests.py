@@ -194,15 +194,20 @@ class SaveExternal(SaveWeights):
 
 
 class LoadWeights(Lenient):
-    """Both forms: into a new run (session_id, model_seq_id) or into a living one (model_id)."""
+    """Into a living run, which ``Addressed`` names."""
 
     path: str
     optimizer: bool = False
-    session_id: str | None = None
-    model_seq_id: Counter | None = None
+    optimizer_config: Metadata = {}
+
+
+class CreateFromWeights(LoadWeights):
+    """Into a new run."""
+
+    session_id: str
+    model_seq_id: Counter
     base_model: str | None = None
     user_metadata: KeptMetadata = {}
-    optimizer_config: Metadata = {}
 
 
 class CreateSamplingSession(Lenient):

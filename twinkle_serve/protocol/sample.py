@@ -18,7 +18,7 @@ from pydantic import Field
 from twinkle_serve.protocol.batch import check_token_range
 from twinkle_serve.protocol.data import Listed, SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.requests import Lenient, Metadata, Seed, read
+from twinkle_serve.protocol.requests import Counter, Lenient, Metadata, Seed, read
 from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
 
 MAX_STOPS = 64
@@ -45,7 +45,11 @@ class SampleLimits:
     max_num_samples: int = 256
 
 
-class _Sample(Lenient):
+class SampleBody(Lenient):
+    """Its address (the first two) is read by the handler, which refuses before there is a promise."""
+
+    sampling_session_id: str
+    seq_id: Counter | None = None
     num_samples: int = 1
     prompt: Any = None
     sampling_params: Metadata = Field(default_factory=dict)
@@ -68,7 +72,7 @@ class _Params(Lenient):
 
 def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleRequest:
     """Raises UserError naming the field and the limit."""
-    sample = read(_Sample, body)
+    sample = read(SampleBody, body)
     prompt = _prompt(sample.prompt, limits)
     _in_range("num_samples", sample.num_samples, 1, limits.max_num_samples)
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
