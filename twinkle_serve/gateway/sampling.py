@@ -14,7 +14,7 @@ from twinkle_serve.protocol.data import SampleRequest
 from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.paths import parse_path
 from twinkle_serve.protocol.requests import CreateSamplingSession, RequestId, read
-from twinkle_serve.protocol.sample import SampleBody, decode_sample
+from twinkle_serve.protocol.sample import SampleAddress, SampleBody, decode_sample
 from twinkle_serve.protocol.work import Failure
 
 router = APIRouter(tags=["sampling"])
@@ -39,7 +39,7 @@ async def get_sampler(sampler_id: str, call: Authenticated) -> Response:
     return reply({key: value for key, value in shown.items() if value is not None})
 
 
-@router.post("/asample", openapi_extra=describes(SampleBody))
+@router.post("/asample", openapi_extra=describes(SampleAddress, SampleBody))
 async def asample(request: Request, call: Authenticated) -> Response:
     """Accepted at once; a request whose content is wrong fails as a promise, like a training command."""
     body = await call.object(request)

@@ -45,11 +45,14 @@ class SampleLimits:
     max_num_samples: int = 256
 
 
-class SampleBody(Lenient):
-    """Its address (the first two) is read by the handler, which refuses before there is a promise."""
+class SampleAddress(Lenient):
+    """What a sample begins with; read by the handler, which refuses before there is a promise."""
 
     sampling_session_id: str
     seq_id: Counter | None = None
+
+
+class SampleBody(Lenient):
     num_samples: int = 1
     prompt: Any = None
     sampling_params: Metadata = Field(default_factory=dict)
