@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Never
 
 import numpy as np
 
@@ -14,6 +15,17 @@ from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.protocol.data import Column, ForwardResult
 from twinkle_serve.protocol.work import ModelInfo, Outcome, Pass, Tick, TickReport
+
+
+class _Deadly:
+    """A large result whose rank dies while it is stored."""
+
+    nbytes = 10**6
+
+    def __reduce__(self) -> Never:
+        time.sleep(1)  # the outcome before it is on its way to the coordinator
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
 
 
 class StandinEngine:
@@ -48,6 +60,8 @@ class StandinEngine:
     def _pass(self, item: Pass) -> Outcome:
         if item.loss_fn == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if item.loss_fn == "die when stored":
+            return Outcome(item.request_id, _Deadly(), num_bytes=_Deadly.nbytes)
         if item.loss_fn == "raise":
             raise RuntimeError("planted")
         if item.loss_fn == "hang":

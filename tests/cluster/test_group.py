@@ -63,6 +63,14 @@ async def test_a_large_value_is_an_object_reference_that_outlives_the_worker(sta
     assert not result.logprobs.values.flags.owndata  # mapped, not copied
 
 
+async def test_a_rank_that_dies_while_a_large_value_is_stored_is_lost(standin: ModelConfig) -> None:
+    async with _started(standin) as group:
+        # A long tick, which is streamed: its last outcome would otherwise be missed without a word.
+        tick = Tick(1, passes=(replace(_pass("die when stored"), datums=bytes(100_000)), _pass("fine")))
+        with pytest.raises(GroupLost, match=r"rank 0 of tiny: .*died"):
+            await _run(group, tick)
+
+
 async def test_the_outcome_of_a_save_may_come_in_a_later_tick(standin: ModelConfig) -> None:
     async with _started(standin) as group:
         save = SaveAdapter("s", 0, "/nowhere", optimizer=True, manifest={})

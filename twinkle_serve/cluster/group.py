@@ -249,7 +249,11 @@ class RayGroup:
                 async for reference in stream:
                     item = await reference
                     if isinstance(item, Outcome) and isinstance(item.value, NextItem):
-                        item = dataclasses.replace(item, value=await self._kept(await anext(stream)))
+                        value = await anext(stream)
+                        # If the rank died before it was stored, Ray hands out a reference to the error and
+                        # ends the stream as if all were well. What is there is only mapped.
+                        await value
+                        item = dataclasses.replace(item, value=await self._kept(value))
                     items.put_nowait(item)
             items.put_nowait(_Finished(rank))
         except RayError as error:
