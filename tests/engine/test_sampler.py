@@ -21,6 +21,7 @@ from tests.engine.ticks import (
     sample,
 )
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import Column, DatumBatch, LoraSpec
 
 
@@ -243,8 +244,25 @@ def test_max_tokens_none_means_up_to_the_context_limit(engine_for: EngineFactory
         (sequence,) = sample(engine, PROMPT, max_tokens=wanted, seed=1).sequences
         assert (len(PROMPT) + len(sequence.tokens), sequence.stop_reason) == (40, "length")
     assert len(sample(engine, [1] * 39, max_tokens=None).sequences[0].tokens) == 1
-    failure = run(engine, samples=(make_sample("s", [1] * 40),), decode_budget_s=9)["s"].failure
+    failure = run(engine, samples=(make_sample("s", [1] * 41),), decode_budget_s=9)["s"].failure
     assert failure is not None
     assert failure.category == "user"
     assert "40" in failure.message
+    assert_nothing_left(engine)
+
+
+@pytest.mark.parametrize(
+    "bound", [{"max_context_length": 256}, {"sampler": SamplerConfig(kv_cache_tokens=256)}]
+)
+def test_an_answer_that_fills_the_context_or_the_cache_can_be_scored(
+    bound: dict[str, Any], engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    engine = engine_for(tiny_moe, **bound)
+    (sequence,) = sample(engine, PROMPT, max_tokens=None, seed=1).sequences
+    whole = [*PROMPT, *sequence.tokens.tolist()]
+    assert (len(whole), sequence.stop_reason) == (256, "length")
+    scored = sample(engine, whole, max_tokens=1, prompt_logprobs=True)
+    assert scored.prompt_logprobs is not None
+    np.testing.assert_allclose(scored.prompt_logprobs[len(PROMPT) :], sequence.logprobs, atol=1e-5, rtol=0)
+    assert [s.stop_reason for s in scored.sequences] == ["length"]
     assert_nothing_left(engine)

@@ -12,7 +12,7 @@ from tinker import types
 
 from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.sample import SampleLimits, decode_sample
+from twinkle_serve.protocol.sample import SampleLimits, decode_sample, num_answer_tokens
 
 LIMITS = SampleLimits(vocab_size=50, max_length=10, eos_token_ids=(2,), max_num_samples=8)
 LONG = {"chunks": [{"tokens": [1] * 70_000}]}
@@ -167,7 +167,9 @@ def test_draws_at_every_position_of_a_prompt_have_a_limit() -> None:
 
 def test_a_prompt_may_fill_the_context() -> None:
     prompt = {"chunks": [{"tokens": [1] * 10}]}
-    assert decode_sample({"prompt": prompt}, LIMITS).prompt.size == 10
+    sample = decode_sample({"prompt": prompt}, LIMITS)
+    assert sample.prompt.size == 10
+    assert num_answer_tokens(sample.params, 10, LIMITS) == 1
 
 
 def test_stops_may_be_as_long_as_the_limit_and_are_counted() -> None:

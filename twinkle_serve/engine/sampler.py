@@ -111,16 +111,14 @@ class Sampler:
 
     def _job(self, sample: Sample) -> Job:
         request = sample.request
-        room = self._base.info.max_context_length - len(request.prompt)
-        if room < 1:
-            raise ValueError(
-                f"prompt has {len(request.prompt)} tokens; this model's context holds "
-                f"{self._base.info.max_context_length}, and one must be left to sample"
-            )
-        if len(request.prompt) > self._cache.capacity:
-            raise ValueError(
-                f"prompt has {len(request.prompt)} tokens; the sampler's cache holds {self._cache.capacity}"
-            )
+        context, length = self._base.info.max_context_length, len(request.prompt)
+        if length > context:
+            raise ValueError(f"prompt has {length} tokens; this model's context holds {context}")
+        if length > self._cache.capacity:
+            raise ValueError(f"prompt has {length} tokens; the sampler's cache holds {self._cache.capacity}")
+        # A prompt may fill either, as an answer may have done that is now scored: the last token drawn is
+        # never read.
+        room = max(1, min(context, self._cache.capacity) - length)
         if request.params.stop_strings:
             self._text.load()
         wanted = request.params.max_tokens
@@ -249,18 +247,14 @@ class Sampler:
         self._cache.release(sequence.rows)
 
     def _give_up(self, blocked: Sequence) -> None:
-        """Nothing runs that could free blocks for ``blocked``: take them from younger half-filled prompts, or
-        end the sequence where the cache ends."""
+        """Nothing runs that could free blocks for ``blocked``: take them from younger half-filled prompts."""
         others = [
             sequence for sequence in self._prefilling if sequence is not blocked and sequence.rows.blocks
         ]
         if others:
             self._cache.release(others[-1].rows)
-        elif blocked.num_generated:
-            self._prefilling.remove(blocked)
-            self._end(blocked, "length")
         else:
-            raise AssertionError("a prompt that fits the cache was refused by an empty cache")
+            raise AssertionError("what fits the cache was refused by an empty cache")
 
     def _prefill(self, chunks: list[tuple[Sequence, int]]) -> None:
         chunks = sorted(chunks, key=lambda chunk: chunk[0].job.place)
@@ -328,9 +322,6 @@ class Sampler:
 
     def _pause(self, sequence: Sequence) -> None:
         self._decoding.remove(sequence)
-        if not self._decoding and not any(other.rows.blocks for other in self._prefilling):
-            self._end(sequence, "length")  # it fills the whole cache alone
-            return
         self._release(sequence)
         self._prefilling.appendleft(sequence)
 
@@ -369,10 +360,6 @@ class Sampler:
                     # Copies: a view would keep the whole array, as wide as the largest k of the batch.
                     sequence.topk_ids.append(drawn.topk.token_ids[row, : sequence.topk].copy())
                     sequence.topk_logprobs.append(drawn.topk.logprobs[row, : sequence.topk].copy())
-
-    def _end(self, sequence: Sequence, reason: str) -> None:
-        sequence.stop_reason = reason
-        self._ended.append(sequence)
 
     def _finished(self) -> Iterator[Outcome]:
         ended, self._ended = self._ended, []

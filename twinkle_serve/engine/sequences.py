@@ -145,7 +145,7 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One sampling request. ``max_tokens`` is bounded by the context; ``seed`` is always a number.
+    """One sampling request. ``max_tokens`` is bounded by context and cache; ``seed`` is always a number.
 
     scores: None until it starts, and if nothing is asked about its prompt. pooled: its adapter, from its
     admission on; None for the base model.

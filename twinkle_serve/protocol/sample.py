@@ -105,8 +105,9 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
 
 
 def num_answer_tokens(params: SamplingParams, prompt_size: int, limits: SampleLimits) -> int:
-    """The most that one sample may have."""
-    room = max(0, limits.max_length - prompt_size)
+    """The most that one sample may have. A prompt that fills the context is still scored, and one token is
+    drawn after it: nothing is ever read behind that one."""
+    room = max(1, limits.max_length - prompt_size)
     return room if params.max_tokens is None else min(params.max_tokens, room)
 
 

@@ -116,8 +116,6 @@ class SharedSampler(Sampler):
 
     def _news(self, over: bool) -> _News:
         decodes = self._places([(sequence, 1) for sequence in self._decoding]) if self._can_decode() else []
-        # One that fills the cache has just ended. Its room has to be free before prompts are planned.
-        self._outbox += self._finished()
         return _News(self._outbox, self._proposals(), bool(self._prefilling), decodes, over)
 
     def _can_decode(self) -> bool:
