@@ -28,6 +28,14 @@ DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the end of the cont
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 2048
 """Of a request with several prompts, n of each: an answer is written whole."""
+MAX_MESSAGES = 2**14
+MAX_BODY_BYTES = 2**24
+
+# The first item that is wrong ends the list: an error for each would take a hundred times the body's memory.
+_Tokens = Annotated[list[int], Field(fail_fast=True)]
+_Texts = Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
+_TokenLists = Annotated[list[_Tokens], Field(fail_fast=True, max_length=MAX_CHOICES)]
+_Parts = Annotated[list[Metadata], Field(fail_fast=True)]
 
 
 class StreamOptions(Lenient):
@@ -43,7 +51,7 @@ class _Request(Lenient):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = -1
     seed: Seed | None = None
-    stop: str | list[str] = Field(default_factory=list)
+    stop: str | _Texts = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     logit_bias: Metadata = Field(default_factory=dict)
@@ -111,7 +119,7 @@ class _Request(Lenient):
 class Completion(_Request):
     """POST /v1/completions. A prompt is text or token ids, or a list of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _Tokens | _Texts | _TokenLists
     max_tokens: Annotated[int, Field(ge=1)] = DEFAULT_MAX_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool = False
@@ -156,7 +164,7 @@ class Message(Lenient):
     """``content``: text, or parts of which only text is understood."""
 
     role: str
-    content: str | list[Metadata] = ""
+    content: str | _Parts = ""
     name: str | None = None
     tool_calls: list[Any] = Field(default_factory=list)
 
@@ -175,7 +183,7 @@ class Message(Lenient):
 class Chat(_Request):
     """POST /v1/chat/completions. ``chat_template_kwargs``: further variables of the model's template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False

@@ -49,7 +49,20 @@ def _small(value: Any) -> Any:
     return value
 
 
+def _are_texts(value: dict[str, Any]) -> dict[str, Any]:
+    """``value``. Raises ValueError for the first that is no text."""
+    wrong = next((key for key, item in value.items() if not isinstance(item, str)), None)
+    if wrong is not None:
+        raise ValueError(f"the value of {wrong[:64]!r} must be a string")
+    return value
+
+
 Metadata = dict[str, Any]
+# The first item that is wrong ends the list: an error for each would take a hundred times the body's memory.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+# For objects pydantic has no such choice.
+_OF_TEXTS = Field(json_schema_extra={"additionalProperties": {"type": "string"}})
+TextByName = Annotated[Metadata, AfterValidator(_are_texts), _OF_TEXTS]
 KeptMetadata = Annotated[Metadata, AfterValidator(_small)]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
 # Clients count with these; they become parts of ids, and of names of files.
@@ -92,7 +105,7 @@ class CreateCustomLoss(Lenient):
 
 
 class CreateSession(Lenient):
-    tags: Annotated[list[str], AfterValidator(_small)] = []
+    tags: Annotated[Texts, AfterValidator(_small)] = []
     user_metadata: KeptMetadata = {}
     sdk_version: str = Field("", max_length=MAX_NAME_LENGTH)
     project_id: str | None = Field(None, max_length=MAX_PROJECT_LENGTH)
@@ -190,7 +203,7 @@ class SaveForSampler(SaveWeights):
 
 
 class SaveExternal(SaveWeights):
-    age_encryption_recipients: list[str] = []
+    age_encryption_recipients: Texts = []
 
 
 class LoadWeights(Lenient):
@@ -237,12 +250,12 @@ class AssignProject(Lenient):
 
 class SearchOwner(Lenient):
     type: Literal["own", "accessible", "user"] = "own"
-    owner_urns: list[str] = Field([], max_length=10)
+    owner_urns: Texts = Field([], max_length=10)
 
 
 class SearchStatus(Lenient):
     type: str
-    reasons: list[str] | None = None
+    reasons: Texts | None = None
 
 
 class SearchCursor(Lenient):
@@ -252,11 +265,11 @@ class SearchCursor(Lenient):
 
 class SearchSessions(Lenient):
     session_id: str | None = None
-    project_ids: list[str] | None = None
-    user_metadata: dict[str, str] = {}
+    project_ids: Texts | None = None
+    user_metadata: TextByName = {}
     display_name: str | None = None
     owner: SearchOwner = SearchOwner()
-    statuses: list[SearchStatus] | None = None
+    statuses: Annotated[list[SearchStatus], Field(fail_fast=True)] | None = None
     limit: int = Field(50, ge=1, le=200)
     cursor: SearchCursor | None = None
 

@@ -24,7 +24,7 @@ from twinkle_serve.gateway.openai.models import Target, Texts, find
 from twinkle_serve.gateway.openai.tokenizer import ModelText
 from twinkle_serve.protocol.data import SampleRequest, SampleResult
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.openai import Chat, Completion
+from twinkle_serve.protocol.openai import MAX_BODY_BYTES, Chat, Completion
 from twinkle_serve.protocol.requests import read
 from twinkle_serve.protocol.results import dump
 from twinkle_serve.protocol.sample import SampleLimits
@@ -35,7 +35,7 @@ _KEEP_ALIVE = b": still here\n\n"
 
 @router.post("/completions", openapi_extra=describes(Completion))
 async def completions(request: Request, call: Authenticated) -> Response:
-    body = read(Completion, await call.object(request))
+    body = read(Completion, await call.object(request, MAX_BODY_BYTES))
     body.check()
     target, text = await _open(request, call, body.model)
     for prompt in body.prompts:
@@ -49,7 +49,7 @@ async def completions(request: Request, call: Authenticated) -> Response:
 
 @router.post("/chat/completions", openapi_extra=describes(Chat))
 async def chat(request: Request, call: Authenticated) -> Response:
-    body = read(Chat, await call.object(request))
+    body = read(Chat, await call.object(request, MAX_BODY_BYTES))
     body.check()
     target, text = await _open(request, call, body.model)
     messages = [message.as_dict() for message in body.messages]
