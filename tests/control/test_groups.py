@@ -13,7 +13,7 @@ import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.memory_journal import MemoryFiles, MemoryJournal
-from tests.control.plane import TENANT, Client, optim
+from tests.control.plane import TENANT, Client, optim, prompt
 from tests.control.virtual_time import VirtualClock, virtual
 from twinkle_serve.config import Config
 from twinkle_serve.control.backend import LoadCommand, NotFound, SaveCommand, SnapshotCommand, UnloadCommand
@@ -299,6 +299,17 @@ async def test_runs_of_a_model_that_comes_later_are_taken_up_when_it_comes(tmp_p
         client.session = session
         poll = await client.plane.poll(TENANT, waiting, 1.0)
         assert poll.state == "pending"
+        with pytest.raises(NotFound, match="is not served here"):
+            await client.plane.run_info(TENANT, run)
+        client.plane.expect(["base", "other"])  # the first replica says so
+        for asked in (
+            client.plane.submit(TENANT, run, 5, optim()),
+            client.plane.run_info(TENANT, run),
+            client.plane.sample(TENANT, snapshot, 0, prompt()),
+            client.plane.create_model(TENANT, session, 1, "other", LoraSpec(8), {}),
+        ):
+            with pytest.raises(BackendUnavailable, match="'other' is being loaded"):
+                await asked  # not a 404, which ends a client's program
         world.served = ("base", "other")
         world.groups["other"] = world.new_group_of("other")
         client.plane.add_group("other", world.groups["other"], world.config(1).models[1])

@@ -118,6 +118,8 @@ class Coordinator:
             return False
         self._deployment, self._config = deployment, deployment.config
         self._fleet.cover(deployment.config)
+        if self._plane is not None:
+            self._plane.expect(model.name for model in self._config.models)
         self._grow()
         return True
 

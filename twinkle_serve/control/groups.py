@@ -7,7 +7,7 @@ after a restart, when no group has anything of it, it is placed anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.backend import NotFound
@@ -16,7 +16,14 @@ from twinkle_serve.control.driver import GroupDriver
 from twinkle_serve.control.runs import Run
 from twinkle_serve.protocol.errors import BackendUnavailable
 
-Drivers = Mapping[str, GroupDriver]
+
+class Drivers(dict[str, GroupDriver]):
+    """Those that are up, by the names of their groups. expected: the base models that are deployed, of which
+    some may still be loading."""
+
+    def __init__(self, expected: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.expected = set(expected)
 
 
 def group_names(model: ModelConfig) -> list[str]:
@@ -30,8 +37,11 @@ def sampling_group_names(model: ModelConfig) -> list[str]:
 
 
 def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
-    """Raises NotFound."""
+    """Raises NotFound, or BackendUnavailable where it is only a matter of time: after a restart a model that
+    was added to others loads while they are served again, and its clients must not be sent away."""
     found = [driver for driver in drivers.values() if driver.group.info.name == base_model]
+    if not found and base_model in drivers.expected:
+        raise BackendUnavailable(f"base model {base_model!r} is being loaded")
     if not found:
         served = ", ".join(dict.fromkeys(driver.group.info.name for driver in drivers.values()))
         raise NotFound(f"base model {base_model!r} is not served here; there is: {served}")
@@ -39,8 +49,8 @@ def groups_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
 
 
 def homes_of(drivers: Drivers, base_model: str) -> list[GroupDriver]:
-    """Those of them in which runs live. Raises NotFound, or BackendUnavailable if none of these has started
-    yet: a model that is added while others are served may get a group that only samples first."""
+    """Those of them in which runs live. Raises as ``groups_of``, and BackendUnavailable if none of these has
+    started yet: a model that is added while others are served may get a group that only samples first."""
     found = [driver for driver in groups_of(drivers, base_model) if not driver.samples_only]
     if not found:
         raise BackendUnavailable(f"no group of {base_model} that trains is up yet")
@@ -71,7 +81,7 @@ def place_run(books: Books, drivers: Drivers, run: Run) -> None:
 
 def place_sample(drivers: Drivers, base_model: str) -> GroupDriver:
     """Where to sample from weights that any group can load: of the groups that only sample, or of all if
-    there are none, where least waits. Raises NotFound."""
+    there are none, where least waits. Raises as ``groups_of``."""
     return min(
         groups_of(drivers, base_model),
         key=lambda driver: (driver.lost is not None, not driver.samples_only, driver.num_sequences),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from twinkle_serve.config import Config, ModelConfig
@@ -22,7 +22,14 @@ from twinkle_serve.control.commands import RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
 from twinkle_serve.control.group import Group, GroupLost
-from twinkle_serve.control.groups import driver_of, groups_of, place_run, place_sample, sampling_group_names
+from twinkle_serve.control.groups import (
+    Drivers,
+    driver_of,
+    groups_of,
+    place_run,
+    place_sample,
+    sampling_group_names,
+)
 from twinkle_serve.control.insight import cluster_view, measure, run_insight
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.loss_making import LossMaking
@@ -85,8 +92,8 @@ class ControlPlane(Management):
             recover = self._replay
         self._recover = recover
         self._accept = Acceptance(self._books, self._keeper)
-        self._drivers: dict[str, GroupDriver] = {}
         models = {model.name: model for model in config.models}
+        self._drivers = Drivers(expected=models)
         for name, group in groups.items():
             self._drivers[name] = self._make_driver(name, group, models[group.info.name])
         self._sampling = Sampling(
@@ -128,6 +135,10 @@ class ControlPlane(Management):
         if self._keeper is not None and group.info.name in self._trained() - trained:
             self._take_up(self._waiting, {group.info.name})
         self._drivers[name].start()
+
+    def expect(self, base_models: Iterable[str]) -> None:
+        """These are deployed now; groups of those that are new follow once they are loaded."""
+        self._drivers.expected = set(base_models)
 
     def _trained(self) -> set[str]:
         """The base models that have a group in which runs live."""
