@@ -77,12 +77,13 @@ class Sampling:
         """See Backend.sample."""
         known = self._books.samplers.get(tenant, sampler_id).requests
         if seq_id is not None and seq_id in known:
-            return known[seq_id]
+            return _with_sequence_ids(*known[seq_id])
+        # First, as a snapshot of a model that is still loading is not gone.
+        driver = self._driver_of(self._books.samplers.get(tenant, sampler_id).record.base_model, None)
         sampler = self._books.samplers.usable(tenant, sampler_id)
         # A snapshot is in the group that made it; other weights can be loaded by any.
         source = self._books.samplers.source(sampler)
         adapter = None if isinstance(request, Failure) else self._adapter(source)
-        driver = self._driver_of(sampler.record.base_model, None)
         if adapter is not None and source.record.snapshot is not None and driver.name != source.home:
             path = self._path_of(source.record.sampler_id) if driver.samples_only else None
             adapter = replace(adapter, directory=path or adapter.directory)
