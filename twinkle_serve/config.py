@@ -163,8 +163,9 @@ class LimitsConfig(Strict):
     results_max_bytes: int = Field(
         4 * 2**30,
         ge=2**20,
-        description="memory for finished results; above it the oldest that were fetched go before their "
-        "time, and without such new requests wait, bytes",
+        description="memory for finished results, in equal parts for all tenants that have some; above it new "
+        "requests of those with more than their part wait, and of their results the oldest that were fetched, "
+        "and then the oldest of samples, go before their time, bytes",
     )
     session_expiry_s: float = Field(
         600.0, ge=120, description="a session without heartbeat expires after this"

@@ -487,9 +487,9 @@ async def test_checkpoints_of_all_tenants_have_a_limit():
 
 @virtual
 async def test_results_that_were_fetched_make_room_for_others_and_stay_gone():
-    store = Store(limits={"results_max_bytes": 1000})
+    store = Store(limits={"results_max_bytes": 100_000})
     group = EchoGroup()
-    group.bytes_per_result = 400
+    group.bytes_per_result = 40_000
     async with store.opened(group) as plane:
         client = await Client(plane).open()
         run_id = await client.create()

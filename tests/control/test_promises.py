@@ -37,7 +37,7 @@ def test_the_first_answer_stands(table):
     request_id = table.open("alice", None)
     table.fail(request_id, FAILURE, now=0.0)
     table.resolve(request_id, 1, now=1.0)
-    table.lose(request_id)
+    table.lose(request_id, now=2.0)
     assert table.look("alice", request_id).failure == FAILURE
     assert table.sweep(100.0) == [None]
     assert table.sweep(200.0) == []
@@ -82,12 +82,64 @@ def test_a_lost_promise_is_gone_and_its_waiters_know(table):
     request_id = table.open("alice", None, sampling=True)
     woken = []
     table.subscribe(request_id, lambda: woken.append(1))
-    table.lose(request_id)
+    table.lose(request_id, now=0.0)
     assert woken == [1]
     assert table.look("alice", request_id).state == "gone"
     assert table.num_pending == 0
     table.resolve(request_id, 1, now=0.0)
+    assert table.look("alice", request_id).state == "gone"
+
+
+def test_what_was_lost_is_forgotten_as_late_as_a_result(table):
+    request_id = table.open("alice", "origin", sampling=True)
+    table.lose(request_id, now=10.0)
+    assert table.sweep(109.9) == []
+    assert table.sweep(110.0) == ["origin"]
     assert table.sweep(1000.0) == []
+
+
+def test_what_was_lost_may_come_back():
+    table = PromiseTable(retention_s=100.0, max_bytes=2000)
+    request_id = table.open("alice", "origin")
+    table.lose(request_id, now=0.0)
+    table.reopen(request_id, "alice", "origin")
+    assert table.sweep(1000.0) == []
+    table.resolve(request_id, 1, now=1000.0)
+    assert not table.is_full("alice")
+    assert table.look("alice", request_id).value == 1
+    assert table.sweep(1100.0) == ["origin"]
+
+
+def test_failures_take_room_and_promises_that_were_lost_too():
+    table = PromiseTable(retention_s=100.0, max_bytes=4500)
+    table.fail(table.open("alice", None), Failure("x" * 1000), now=0.0)
+    table.fail(table.open("alice", None), Failure("x" * 1000), now=0.0)
+    assert not table.is_full("alice")
+    table.lose(table.open("alice", None), now=0.0)
+    assert table.is_full("alice")
+    assert not table.is_full("bob")
+
+
+def test_long_words_of_a_failure_are_cut():
+    table = PromiseTable(retention_s=100.0)
+    request_id = table.open("alice", None)
+    table.fail(request_id, Failure("why: " + "x" * 10**6, "server"), now=0.0)
+    failure = table.look("alice", request_id).failure
+    assert len(failure.message) < 2100
+    assert failure.message.startswith("why: xxx")
+    assert failure.message.endswith("(1000005 characters)")
+    assert failure.category == "server"
+
+
+def test_samples_that_nobody_fetches_make_room_where_training_results_stay():
+    table = PromiseTable(retention_s=100.0, max_bytes=10_000)
+    training, sample = table.open("alice", "run"), table.open("alice", "sample", sampling=True)
+    table.resolve(training, 1, now=0.0, num_bytes=9000)
+    table.resolve(sample, 1, now=1.0, num_bytes=500)
+    assert table.sweep(2.0) == ["sample"]
+    assert table.take_dropped() == [sample]
+    assert table.look("alice", sample).state == "gone"
+    assert table.look("alice", training).value == 1
 
 
 def test_results_are_kept_for_the_retention_from_settling_on(table):

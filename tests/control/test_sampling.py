@@ -71,6 +71,20 @@ async def test_models_and_checkpoints_are_sampled_without_a_session(tmp_path):
 
 
 @virtual
+async def test_samples_that_nobody_asked_for_are_forgotten_in_the_end(tmp_path):
+    async with control_plane(tmp_path) as plane:
+        client = await Client(plane).open()
+        sampler = await plane.create_sampler(TENANT, client.session, 0, "base", None)
+        lost = await client.sample(sampler, 1, max_tokens=100_000)
+        remembered = plane._books.samplers.get(TENANT, sampler).requests
+        await asyncio.sleep(300)
+        assert (await client.poll(lost)).state == "gone"
+        assert list(remembered) == [1], "its client may ask what became of it"
+        await asyncio.sleep(1900)
+        assert remembered == {}
+
+
+@virtual
 async def test_a_sample_that_is_polled_now_and_then_lives_on(tmp_path):
     async with control_plane(tmp_path) as plane:
         client = await Client(plane).open()

@@ -8,17 +8,18 @@ from unittest.mock import patch
 import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
-from tests.control.plane import TENANT, Client
+from tests.control.plane import TENANT, Client, optim
 from tests.control.test_keeper import Store
 from tests.control.virtual_time import virtual
+from twinkle_serve.control.recovery import corrupt
 from twinkle_serve.protocol.errors import BackendUnavailable, Busy
 
 
 @virtual
 async def test_a_creation_that_met_full_results_works_once_there_is_room():
-    store = Store(limits={"results_max_bytes": 1000})
+    store = Store(limits={"results_max_bytes": 10_000})
     group = EchoGroup()
-    group.bytes_per_result = 600
+    group.bytes_per_result = 6000
     async with store.opened(group) as plane:
         client = await Client(plane).open()
         run = await client.create()
@@ -33,6 +34,38 @@ async def test_a_creation_that_met_full_results_works_once_there_is_room():
         other = await client.create(1)
         assert other == f"{client.session}:train:1"
         await client.do(other, 1, pass_command("a"))
+
+
+@virtual
+async def test_results_of_others_stop_nobody_who_has_few():
+    store = Store(limits={"results_max_bytes": 10_000})
+    group = EchoGroup()
+    group.bytes_per_result = 6000
+    async with store.opened(group) as plane:
+        alice, bob = await Client(plane).open(), await Client(plane, "bob").open()
+        hers = await alice.create()
+        for n in (1, 2):
+            await alice.submit(hers, n, pass_command(f"p{n}"))
+        await asyncio.sleep(1)
+        with pytest.raises(Busy, match="more than your part"):
+            await alice.submit(hers, 3, pass_command("p3"))
+        his = await bob.create()
+        assert await bob.do(his, 1, optim()) == {"history": ("create", "optim 1")}
+        sampler = await plane.create_sampler("bob", bob.session, 0, "base", None)
+        assert await bob.result(await bob.sample(sampler)) == ()
+
+
+@virtual
+async def test_a_run_that_takes_nothing_any_more_makes_no_answers_without_end():
+    store = Store(limits={"results_max_bytes": 10_000})
+    async with store.opened() as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        corrupt(plane._keeper, plane._books.runs.find(run), "a reason")
+        for _ in range(9):  # of a KB each, with the creation
+            assert "a reason" in (await client.failure(await client.submit(run, None, optim()))).message
+        with pytest.raises(Busy, match="more than your part"):
+            await client.submit(run, None, optim())
 
 
 @virtual

@@ -12,7 +12,10 @@ from twinkle_serve.protocol.errors import CAPACITY, BackendUnavailable, Busy
 from twinkle_serve.protocol.work import Failure
 
 STOPPING = Failure("the server is shutting down", "server")
-_RESULTS = "this server's room for results is full; it empties as they are fetched or grow old"
+_RESULTS = (
+    "this server's room for results is full, and yours take more than your part of it; it empties as they "
+    "are fetched or grow old"
+)
 
 
 class Acceptance:
@@ -27,7 +30,7 @@ class Acceptance:
         self, tenant: str, origin: tuple[str, str, int | None], sampling: bool = False, num_bytes: int = 0
     ) -> str:
         """A promise for what ``origin`` asks. Raises Busy or BackendUnavailable."""
-        self._check_open()
+        self._check_open(tenant)
         if sampling:
             self._books.quotas.check_room(tenant, num_bytes)
         request_id = self._books.promises.open(tenant, origin, sampling, num_bytes)
@@ -35,7 +38,8 @@ class Acceptance:
         return request_id
 
     def failed(self, tenant: str, failure: Failure | None) -> str:
-        """A promise that has failed already."""
+        """A promise that has failed already. Raises Busy or BackendUnavailable."""
+        self._check_open(tenant)
         request_id = self._books.promises.open(tenant, None)
         self._books.fail(request_id, failure or Failure("this model_seq_id is taken by an older run"))
         return request_id
@@ -46,15 +50,15 @@ class Acceptance:
             await self._keeper.durable(request_id)
         return request_id
 
-    def check_room(self) -> None:
+    def check_room(self, tenant: str) -> None:
         """Raises BackendUnavailable or Busy where nothing more is accepted, for want of room in the journal
         too. For those who make something before they can ``open``: a refusal must not leave it behind."""
-        self._check_open()
+        self._check_open(tenant)
         if self._keeper is not None:
             check_room(self._keeper)
 
-    def _check_open(self) -> None:
+    def _check_open(self, tenant: str) -> None:
         if self.closed:
             raise BackendUnavailable(STOPPING.message)
-        if self._books.promises.is_full:
+        if self._books.promises.is_full(tenant):
             raise Busy(_RESULTS, CAPACITY)

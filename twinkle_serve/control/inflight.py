@@ -126,14 +126,14 @@ class InFlight:
         for flight in self._take_all(waiting):
             flight.on_lost()
             if flight.num_sequences:
-                self._books.promises.lose(flight.request_id)
+                self._books.promises.lose(flight.request_id, self._books.clock.now())
 
     def abandon(self, waiting: Iterable[Flight], failure: Failure) -> None:
         """The same where nothing is done again."""
         for flight in self._take_all(waiting):
             flight.on_failure(failure)
             if flight.num_sequences:
-                self._books.promises.lose(flight.request_id)
+                self._books.promises.lose(flight.request_id, self._books.clock.now())
             else:
                 self._books.fail(flight.request_id, failure)
 

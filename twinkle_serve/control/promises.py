@@ -8,12 +8,15 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, TRAINING_ID_PREFIX, Poll
 from twinkle_serve.control.results import Retention
 from twinkle_serve.protocol.work import Failure
+
+# Words of a failure may quote what a client sent, however long that is.
+_MAX_MESSAGE = 2000
 
 GONE = Poll("gone")
 _PENDING = Poll("pending")
@@ -62,6 +65,9 @@ class PromiseTable:
         self._results = Retention(retention_s, max_bytes)
         self._new_token = new_token
         self._dropped: list[str] = []
+        self._lost: dict[
+            str, Hashable
+        ] = {}  # the origins of promises that were lost, until they are forgotten
         self._promises: dict[str, Promise] = {}
         self._num_waiters = 0
         self._pending: dict[str, Pending] = {}
@@ -81,6 +87,9 @@ class PromiseTable:
 
     def reopen(self, request_id: str, tenant: str, origin: Hashable) -> None:
         """A promise of an earlier life of this server, pending again under its old id."""
+        if request_id in self._lost:
+            del self._lost[request_id]
+            self._results.drop(request_id)
         self._add(Promise(request_id, tenant, origin))
 
     def pending_of(self, tenant: str) -> Pending:
@@ -109,10 +118,9 @@ class PromiseTable:
             self._results.fetched(request_id)
         return promise.poll
 
-    @property
-    def is_full(self) -> bool:
-        """Whether results take more room than they may, so that no new promise should be made."""
-        return self._results.is_full
+    def is_full(self, tenant: str) -> bool:
+        """Whether the tenant's results take more room than they may, so that it should get no new promise."""
+        return self._results.is_full(tenant)
 
     def origin(self, request_id: str) -> Hashable:
         return self._promises[request_id].origin
@@ -128,19 +136,24 @@ class PromiseTable:
         self._settle(request_id, Poll("done", value=value), now, num_bytes)
 
     def fail(self, request_id: str, failure: Failure, now: float) -> None:
-        self._settle(request_id, Poll("done", failure=failure), now)
+        failure = shortened(failure)
+        self._settle(request_id, Poll("done", failure=failure), now, len(failure.message))
 
     def fail_all(self, failure: Failure, now: float) -> None:
         """Settle whatever is still pending."""
         for request_id in [p.request_id for p in self._promises.values() if p.poll.state == "pending"]:
             self.fail(request_id, failure, now)
 
-    def lose(self, request_id: str) -> None:
-        """Drop a pending promise: to its owner it is gone, which makes the SDK submit a sample again."""
+    def lose(self, request_id: str, now: float) -> None:
+        """Drop a pending promise: to its owner it is gone, which makes the SDK submit a sample again. Its
+        origin is remembered as long as that of any other: its client may have slept and ask what became of
+        it."""
         promise = self._promises.get(request_id)
         if promise is not None and promise.poll.state == "pending":
             del self._promises[request_id]
             self._no_longer_pending(promise)
+            self._lost[request_id] = promise.origin
+            self._results.settled(request_id, promise.tenant, 0, now)
             self._wake(promise)
             self.on_end(promise)
 
@@ -169,7 +182,10 @@ class PromiseTable:
         """Forget what has been kept long enough; the origins of the forgotten promises."""
         gone, early = self._results.expire(now)
         self._dropped += early
-        return [self._promises.pop(request_id).origin for request_id in (*gone, *early)]
+        return [
+            self._lost.pop(request_id) if request_id in self._lost else self._promises.pop(request_id).origin
+            for request_id in (*gone, *early)
+        ]
 
     def take_dropped(self) -> list[str]:
         """The ids of what ``sweep`` forgot before its time, since the last call."""
@@ -200,7 +216,8 @@ class PromiseTable:
         promise.poll = poll
         promise.progress = []
         self._no_longer_pending(promise)
-        self._results.settled(request_id, num_bytes, now)
+        expendable = request_id.startswith(SAMPLING_ID_PREFIX)
+        self._results.settled(request_id, promise.tenant, num_bytes, now, expendable)
         self._wake(promise)
         self.on_end(promise)
 
@@ -208,3 +225,11 @@ class PromiseTable:
         waiters, promise.waiters = promise.waiters, {}
         for waiter in waiters.values():
             waiter()
+
+
+def shortened(failure: Failure) -> Failure:
+    """With as many of its words as are kept."""
+    words = failure.message
+    if len(words) <= _MAX_MESSAGE:
+        return failure
+    return replace(failure, message=f"{words[:_MAX_MESSAGE]}... ({len(words)} characters)")

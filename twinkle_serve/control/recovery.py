@@ -266,7 +266,7 @@ def _restore_run(keeper: Keeper, run: Run, history: RunHistory) -> None:
         kept.done.append(entry.seq_id)
         if keeper.books.promises.is_pending(entry.request_id):
             # Its result was kept for its time and is gone; nobody will make it again.
-            keeper.books.promises.lose(entry.request_id)
+            keeper.books.promises.lose(entry.request_id, keeper.books.clock.now())
             kept.unstored.pop(entry.seq_id, None)
     if kept.snapshots:
         run.down = None

@@ -21,12 +21,12 @@ from twinkle_serve.storage.records import SamplerRecord
 
 @dataclass(slots=True)
 class Sampler:
-    """requests: seq_id to (request id, sequence ids) of what came already. evicted: its snapshot is gone.
-    path: the file that has it since the group lost it. awaited: neither has it until its run has come so
-    far again. home: the group that made the snapshot."""
+    """requests: seq_id to (request id, number of sequences) of what came already. evicted: its snapshot is
+    gone. path: the file that has it since the group lost it. awaited: neither has it until its run has come
+    so far again. home: the group that made the snapshot."""
 
     record: SamplerRecord
-    requests: dict[int, tuple[str, list[str]]] = field(default_factory=dict)
+    requests: dict[int, tuple[str, int]] = field(default_factory=dict)
     num_in_flight: int = 0
     evicted: bool = False
     path: str | None = None
@@ -66,6 +66,9 @@ class Samplers:
 
     def with_snapshot(self) -> list[Sampler]:
         return [sampler for sampler in self._samplers.values() if sampler.record.snapshot is not None]
+
+    def runs_with_snapshots(self) -> list[str]:
+        return [run_id for run_id, snapshots in self._snapshots.items() if snapshots]
 
     def find(self, sampler_id: str) -> Sampler | None:
         return self._samplers.get(sampler_id)

@@ -94,14 +94,14 @@ class Sampling:
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
         answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
         if seq_id is not None:
-            sampler.requests[seq_id] = answer
+            sampler.requests[seq_id] = request_id, num_samples
         if not isinstance(request, Failure) and num_samples > self._limits.max_num_samples:
             request = Failure(f"num_samples {num_samples} is above {self._limits.max_num_samples}")
         if isinstance(request, Failure):
             self._books.fail(request_id, request)
         else:
             self._start(Sample(request_id, tenant, adapter, request), driver, source)
-        return answer
+        return _with_sequence_ids(request_id, num_samples)
 
     def submit_to_model(
         self,
@@ -192,7 +192,7 @@ class Sampling:
     def _give_up(self, request_id: str) -> None:
         pending = self._pending.get(request_id)
         if pending is not None:
-            self._books.promises.lose(request_id)
+            self._books.promises.lose(request_id, self._books.clock.now())
             pending.driver.cancel(pending.tenant, request_id)
 
     def _start(self, work: Sample, driver: GroupDriver, sampler: Sampler | None) -> None:
@@ -228,6 +228,10 @@ class Sampling:
         if record.model_path is None:
             return None
         return _checkpoint_ref(self._books.checkpoints.find(record.tenant, record.model_path))
+
+
+def _with_sequence_ids(request_id: str, num_samples: int) -> tuple[str, list[str]]:
+    return request_id, [f"{request_id}-{i}" for i in range(num_samples)]
 
 
 def _checkpoint_ref(source: CheckpointRecord) -> AdapterRef:

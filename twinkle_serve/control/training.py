@@ -118,7 +118,7 @@ class Training:
                 return self._accept.failed(tenant, run.down)
             run.log = run.log.restarted(1)
             return await self._bear(session, run, birth)
-        self._accept.check_room()
+        self._accept.check_room(tenant)
         self._books.quotas.check_room(tenant)
         record = RunRecord(
             run_id, session_id, model_seq_id, tenant, base_model, spec, now, now, text_values(user_metadata)
@@ -153,7 +153,7 @@ class Training:
             place_run(self._books, self._drivers, run)
         num_bytes = len(command.datums) if isinstance(command, PassCommand) else 0
         if not isinstance(command, UnloadCommand):  # which makes room
-            self._accept.check_room()
+            self._accept.check_room(tenant)
         if seq_id is None or seq_id != run.log.missing:  # what others wait for makes room
             self._books.quotas.check_room(tenant, num_bytes)
         self._check_parked(run, seq_id)
