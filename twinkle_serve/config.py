@@ -52,7 +52,10 @@ class ModelScopeConfig(Strict):
     allow_users: list[str] = Field(default_factory=list, description="user names that may come in anyway")
     cache_s: float = Field(300.0, ge=0, le=3600, description="how long a good token is believed, seconds")
     grace_s: float = Field(
-        3600.0, ge=0, description="how long one is still believed while ModelScope is away, seconds"
+        3600.0,
+        ge=0,
+        description="how long one is still believed while ModelScope is away, seconds; requests then wait for "
+        "it 2 s, once in 15 s a token",
     )
     push_published: bool = Field(
         True, description="publishing a checkpoint also pushes its adapter to a repository of its owner"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from twinkle_serve.config import Config
+from twinkle_serve.gateway import identity as identity_module
 from twinkle_serve.gateway.identity import (
     Caller,
     CheckedIdentity,
@@ -89,6 +90,79 @@ async def test_a_good_key_goes_on_for_a_while_when_nobody_can_be_asked() -> None
         await identity.identify({"x-api-key": "tml-a"})
     with pytest.raises(BackendUnavailable):
         await identity.identify({"x-api-key": "tml-new"})
+
+
+async def test_a_good_key_does_not_wait_for_an_answer_that_does_not_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk()
+    identity = desk.identity(grace_s=100)
+    await identity.identify({"x-api-key": "tml-a"})
+    desk.now = 30.0
+    desk.gate.clear()
+    try:
+        monkeypatch.setattr(identity_module, "_PATIENCE_S", 0.01)
+        async with asyncio.timeout(20):
+            assert (await identity.identify({"x-api-key": "tml-a"})).tenant == "tenant-a"
+        monkeypatch.setattr(identity_module, "_PATIENCE_S", 1e9)
+        desk.now = 44.9
+        async with asyncio.timeout(20):
+            assert (await identity.identify({"x-api-key": "tml-a"})).tenant == "tenant-a"
+        assert desk.asked == ["tml-a", "tml-a"]
+    finally:
+        desk.gate.set()
+
+
+async def test_a_late_answer_counts() -> None:
+    desk = Desk()
+    identity = desk.identity(grace_s=100)
+    await identity.identify({"x-api-key": "tml-a"})
+    desk.away, desk.now = True, 30.0
+    await identity.identify({"x-api-key": "tml-a"})
+    desk.away, desk.now = False, 44.0
+    del desk.callers["tml-a"]
+    assert (await identity.identify({"x-api-key": "tml-a"})).tenant == "tenant-a", "not asked again yet"
+    desk.now = 45.1
+    with pytest.raises(Unauthorized):
+        await identity.identify({"x-api-key": "tml-a"})
+
+
+async def test_made_up_keys_do_not_get_in_the_way_of_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity_module, "_MAX_STRANGE", 50)
+    desk, gate = Desk(), threading.Event()
+
+    def check(key: str) -> Caller | None:
+        if key == "tml-a":
+            return desk.check(key)
+        gate.wait()
+        return None
+
+    identity = CheckedIdentity(check, good_s=20, now=lambda: desk.now)
+    await identity.identify({"x-api-key": "tml-a"})
+    desk.now = 30.0
+    flood = [asyncio.create_task(identity.identify({"x-api-key": f"tml-{i}"})) for i in range(1000)]
+    try:
+        async with asyncio.timeout(20):
+            assert (await identity.identify({"x-api-key": "tml-a"})).tenant == "tenant-a"
+        assert desk.asked == ["tml-a", "tml-a"]
+    finally:
+        gate.set()
+    ends = await asyncio.gather(*flood, return_exceptions=True)
+    assert [type(end) for end in ends] == [Unauthorized] * 50 + [BackendUnavailable] * 950
+    with pytest.raises(Unauthorized):
+        await identity.identify({"x-api-key": "tml-999"})
+
+
+async def test_made_up_keys_do_not_push_a_good_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity_module, "_MAX_REMEMBERED", 5)
+    desk = Desk()
+    identity = desk.identity()
+    await identity.identify({"x-api-key": "tml-a"})
+    for i in range(10):
+        with pytest.raises(Unauthorized):
+            await identity.identify({"x-api-key": f"tml-{i}"})
+    await identity.identify({"x-api-key": "tml-a"})
+    assert desk.asked.count("tml-a") == 1
 
 
 async def test_no_key_is_nobody() -> None:

@@ -18,7 +18,8 @@ MARKER = "twinkle-explorers/members"
 
 
 class Site(ThreadingHTTPServer):
-    """users: token to name; only members may see the marker. ``broken``: answers 500 to everything.
+    """users: token to name; only members may see the marker. ``broken``: answers 500 to everything,
+    ``broken_legacy``: to what the older interface is asked.
     ``refusal``: what it says to who would create a repository, with a 403. repositories: name to its files,
     and ``visibility`` to what it was created with."""
 
@@ -27,7 +28,7 @@ class Site(ThreadingHTTPServer):
     def __init__(self, users: dict[str, str], members: tuple[str, ...] = ("alice",)) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.users, self.members = users, members
-        self.broken = False
+        self.broken = self.broken_legacy = False
         self.refusal = ""
         self.seen: list[tuple[str, str]] = []
         self.repositories: dict[str, dict[str, bytes]] = {}
@@ -121,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self.server.seen.append((self.path, token))
         user = self.server.users.get(token)
-        if self.server.broken:
+        if self.server.broken or (self.server.broken_legacy and self.path.startswith("/api/")):
             self._answer(500, {"success": False, "message": "down"})
             return None
         if user is None:

@@ -50,6 +50,15 @@ def test_a_broken_site_is_not_a_verdict(site: Site) -> None:
     site.broken = True
     with pytest.raises(HubAway):
         users(site, allow_users=["alice"]).user_of("ms-alice")
+    assert len(site.seen) == 1, "a request waits for this, and other requests come"
+
+
+def test_a_marker_that_cannot_be_looked_up_is_not_a_verdict(site: Site) -> None:
+    """Private ones are found by the older interface only."""
+    site.broken_legacy = True
+    with pytest.raises(HubAway):
+        users(site, marker_repo=MARKER).user_of("ms-bob")
+    assert [path.split("/")[1] for path, _ in site.seen] == ["openapi", "openapi", "api"]
 
 
 def test_a_site_out_of_reach_is_not_a_verdict(site: Site) -> None:

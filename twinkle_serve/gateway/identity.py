@@ -13,6 +13,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,10 @@ _NO_KEY = "no API key: send it as X-API-Key or as Authorization: Bearer"
 # A revoked key stops working within this time.
 _OWN_KEY_S = 20.0
 _MAX_REMEMBERED = 10_000
+# While nobody can tell, a request with a key that was good lately waits so long, seconds, once in so many.
+_PATIENCE_S, _AWAY_S = 2.0, 15.0
+# Keys that nobody knows yet and that are asked about at the same time.
+_MAX_STRANGE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +85,16 @@ KeyCheck = Callable[[str], Caller | None]
 class _Verdict:
     caller: Caller | None
     checked_at: float
+    # It counts until then without a question.
+    ask_at: float
 
 
 class CheckedIdentity:
     """Asks ``check`` about each key, at most once in a while, and remembers the answer by a keyed hash.
 
     good_s, bad_s: how long a good and a bad answer count, seconds. grace_s: how long a good one still counts
-    while ``check`` cannot tell.
+    while ``check`` cannot tell, or takes long. Keys that were good lately are asked about in threads of their
+    own and remembered apart from bad ones, so that no number of made-up keys gets in their way.
     """
 
     def __init__(
@@ -104,17 +112,20 @@ class CheckedIdentity:
         self._good_s, self._bad_s, self._grace_s = good_s, bad_s, grace_s
         self._now = now
         self._secret = secrets.token_bytes(32)
-        self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._good, self._bad = _Remembered(), _Remembered()
         self._asking: dict[bytes, asyncio.Task[_Verdict]] = {}
+        self._num_strange = 0
+        self._known_threads = ThreadPoolExecutor(8, "known-key")
+        self._strange_threads = ThreadPoolExecutor(16, "strange-key")
 
     async def identify(self, headers: Mapping[str, str]) -> Caller:
         key = api_key(headers)
         if key is None:
             raise Unauthorized(_NO_KEY)
         digest = self._digest(key)
-        verdict = self._verdicts.get(digest)
-        if verdict is None or self._age(verdict) > (self._good_s if verdict.caller else self._bad_s):
-            verdict = await self._ask(digest, key, verdict)
+        verdict = self._good.get(digest) or self._bad.get(digest)
+        if verdict is None or self._now() > verdict.ask_at:
+            verdict = await self._ask(digest, key)
         if verdict.caller is None:
             raise Unauthorized("this API key is not valid here, or its user is not a member")
         return verdict.caller
@@ -125,34 +136,58 @@ class CheckedIdentity:
         if self._revoke is None or key is None:
             raise UserError(_NOT_OURS)
         await asyncio.to_thread(self._revoke, key)
-        self._verdicts.pop(self._digest(key), None)
+        self._good.pop(self._digest(key), None)
 
     def _digest(self, key: str) -> bytes:
         return hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")
 
-    def _age(self, verdict: _Verdict) -> float:
-        return self._now() - verdict.checked_at
-
-    async def _ask(self, digest: bytes, key: str, known: _Verdict | None) -> _Verdict:
-        """One question at a time about a key, however many requests bring it."""
-        task = self._asking.get(digest)
-        if task is None:
-            task = self._asking[digest] = asyncio.create_task(self._answer(digest, key))
-            task.add_done_callback(lambda _: self._asking.pop(digest, None))
-        try:
+    async def _ask(self, digest: bytes, key: str) -> _Verdict:
+        """One question at a time about a key, however many requests bring it. Who was good lately does not
+        wait for an answer that is long in coming, and then not again for a while: heartbeats have 10 s."""
+        known = self._good.get(digest)
+        task = self._asking.get(digest) or self._question(digest, key, known is not None)
+        grace_ends = 0.0 if known is None else known.checked_at + self._grace_s
+        if known is None or self._now() > grace_ends:
             return await asyncio.shield(task)
-        except BackendUnavailable:
-            if known is not None and known.caller is not None and self._age(known) <= self._grace_s:
-                return known
-            raise
+        await asyncio.wait({task}, timeout=_PATIENCE_S)
+        if task.done() and not isinstance(task.exception(), BackendUnavailable):
+            return task.result()
+        known.ask_at = min(self._now() + _AWAY_S, grace_ends)
+        return known
 
-    async def _answer(self, digest: bytes, key: str) -> _Verdict:
-        caller = await asyncio.to_thread(self._check, key)
-        verdict = self._verdicts[digest] = _Verdict(caller, self._now())
-        self._verdicts.move_to_end(digest)
-        while len(self._verdicts) > _MAX_REMEMBERED:
-            self._verdicts.popitem(last=False)
+    def _question(self, digest: bytes, key: str, is_known: bool) -> asyncio.Task[_Verdict]:
+        if not is_known and self._num_strange >= _MAX_STRANGE:
+            raise BackendUnavailable("too many new API keys are being checked at the moment")
+
+        def ended(task: asyncio.Task[_Verdict]) -> None:
+            del self._asking[digest]
+            self._num_strange -= not is_known
+            if not task.cancelled():
+                task.exception()  # whoever waited has it; there may be nobody left
+
+        task = self._asking[digest] = asyncio.create_task(self._answer(digest, key, is_known))
+        self._num_strange += not is_known
+        task.add_done_callback(ended)
+        return task
+
+    async def _answer(self, digest: bytes, key: str, is_known: bool) -> _Verdict:
+        threads = self._known_threads if is_known else self._strange_threads
+        caller = await asyncio.get_running_loop().run_in_executor(threads, self._check, key)
+        now = self._now()
+        verdict = _Verdict(caller, now, now + (self._good_s if caller else self._bad_s))
+        self._good.pop(digest, None)
+        (self._good if caller else self._bad).remember(digest, verdict)
         return verdict
+
+
+class _Remembered(OrderedDict[bytes, _Verdict]):
+    """The latest verdicts, by a key's digest."""
+
+    def remember(self, digest: bytes, verdict: _Verdict) -> None:
+        self[digest] = verdict
+        self.move_to_end(digest)
+        while len(self) > _MAX_REMEMBERED:
+            self.popitem(last=False)
 
 
 def check_own_key(store: KeyStore) -> KeyCheck:

@@ -11,6 +11,9 @@ from typing import Any
 
 from twinkle_serve.config import ModelScopeConfig
 
+# To connect and to answer, each; a good answer takes a third of a second.
+_TIMEOUT_S = 5
+
 
 class HubAway(Exception):
     """ModelScope could not be asked; nothing is known about the token."""
@@ -49,7 +52,14 @@ class HubUsers:
 
 
 def _hub_api(endpoint: str, token: str) -> Any:
+    """With clients that ask once and give up soon: left alone they try five times, a minute each, and sleep
+    as long as the site says, while a request waits to be let in."""
     # Imported here: only servers with auth.mode modelscope pay for it.
     from modelscope_hub import HubApi
+    from modelscope_hub._legacy_api import LegacyClient
+    from modelscope_hub._openapi import OpenAPIClient
 
-    return HubApi(endpoint=endpoint, token=token)
+    api = HubApi(endpoint=endpoint, token=token)
+    api._openapi = OpenAPIClient(api._config, timeout=_TIMEOUT_S, max_retries=1)
+    api._legacy = LegacyClient(token=token, endpoint=api._config.endpoint, timeout=_TIMEOUT_S, max_retries=0)
+    return api
