@@ -7,8 +7,9 @@ from unittest.mock import patch
 import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
-from tests.control.plane import TENANT, Client, control_plane
-from tests.control.virtual_time import EPOCH, virtual
+from tests.control.memory_catalog import MemoryCatalog
+from tests.control.plane import TENANT, Client, control_plane, make_config
+from tests.control.virtual_time import EPOCH, VirtualClock, virtual
 from twinkle_serve.control.backend import SaveCommand
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.storage.ledger import Ledger
@@ -42,6 +43,25 @@ async def test_tokens_saves_and_storage_are_counted_by_the_hour(tmp_path: Path) 
     assert amounts["storage"] == pytest.approx(2 * size / 1e9, rel=0.02)
     assert len([line for line in bill["data"] if line["event_info"]["type"] == "storage"]) >= 2
     assert again["data"] == bill["data"], "asking changes nothing"
+    ledger.close()
+
+
+@virtual
+async def test_a_bill_names_base_models_not_their_groups(tmp_path: Path) -> None:
+    config, ledger = make_config(), Ledger(tmp_path)
+    model = config.models[0].model_copy(update={"groups": 2})
+    config = config.model_copy(update={"models": [model]})
+    groups = {"base": EchoGroup(), "base#2": EchoGroup()}
+    plane = ControlPlane(groups, MemoryCatalog(), config, VirtualClock(), ledger=ledger)
+    await plane.start()
+    client = await Client(plane).open()
+    for number in range(2):
+        await client.do(await client.create(number), 1, pass_command("a"))
+    assert [len(group.ticks) > 1 for group in groups.values()] == [True, True]
+    bill = await plane.bill(client.tenant, EPOCH - 7200, EPOCH + 7200)
+    assert [line["base_model"] for line in bill["data"]] == ["base"]
+    assert bill["data"][0]["event_info"] == {"type": "training", "token_count": 20}
+    await plane.close()
     ledger.close()
 
 

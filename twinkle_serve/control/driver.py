@@ -82,7 +82,7 @@ class GroupDriver:
         self._suspects = Suspects()
         self._places: Places = {}  # of the plan that is being made
         self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
-        books.watch.add_group(replace(group.info, name=self.name), config.planner.tick_tokens, config.ranks)
+        books.watch.add_group(self.name, group.info, config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
         self._decode_credit = DecodeCredit(config.sampler.share)
         self._flights = InFlight(books, keeper, self._suspects, self.wake)

@@ -41,18 +41,18 @@ def gap_in_words(run: Run, seq_id: int | None) -> str | None:
 def measure(books: Books, drivers: Drivers, keeper: Keeper | None) -> None:
     """Set the gauges."""
     meter, now = books.watch.meter, books.clock.now()
-    for model, driver in drivers.items():
+    for group, driver in drivers.items():
         for name, value in driver.gauges().items():
             use = _OF_RANK.fullmatch(name)
             if use is not None:
-                meter.set("rank_memory_bytes", value, model=model, rank=use[1], kind=use[2])
+                meter.set("rank_memory_bytes", value, model=group, rank=use[1], kind=use[2])
             elif name in BY_NAME:
-                meter.set(name, value, model=model)
-        mfu = books.watch.mfu(model)
+                meter.set(name, value, model=group)
+        mfu = books.watch.mfu(group)
         if mfu is not None:
-            meter.set("mfu_ratio", mfu, model=model)
-        changed = None if keeper is None else keeper.oldest_change(model)
-        meter.set("snapshot_age_seconds", 0.0 if changed is None else max(0.0, now - changed), model=model)
+            meter.set("mfu_ratio", mfu, model=group)
+        changed = None if keeper is None else keeper.oldest_change(group)
+        meter.set("snapshot_age_seconds", 0.0 if changed is None else max(0.0, now - changed), model=group)
     pending = books.promises.num_pending
     meter.set("promises", pending, state="pending")
     meter.set("promises", len(books.promises) - pending, state="kept")
@@ -119,20 +119,20 @@ def cluster_view(books: Books, drivers: Drivers, keeper: Keeper | None) -> dict[
 
 
 def _group_view(books: Books, driver: GroupDriver) -> dict[str, Any]:
-    watch, model = books.watch, driver.name
+    watch, group = books.watch, driver.name
     info = driver.group.info
-    tokens = sorted(watch.tenant_tokens(model).items(), key=lambda item: -item[1])
+    tokens = sorted(watch.tenant_tokens(group).items(), key=lambda item: -item[1])
     total = sum(amount for _, amount in tokens)
     return {
-        "name": model,
+        "name": group,
         "arch": info.arch,
         "healthy": driver.healthy,
         "num_slots": info.max_slots,
         "slots": [
             {"slot": slot, "run": _anonymous(books, run_id)} for slot, run_id in driver.residency.occupied()
         ],
-        "num_ticks": watch.num_ticks(model),
-        "recoveries": [timestamp(at) for at in watch.recoveries(model)],
+        "num_ticks": watch.num_ticks(group),
+        "recoveries": [timestamp(at) for at in watch.recoveries(group)],
         "gauges": driver.gauges(),
         "shares": [
             {"tenant": tenant, "tokens": amount, "share": amount / total if total else 0.0}

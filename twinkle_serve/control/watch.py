@@ -45,7 +45,7 @@ class _Request:
     session: str
     accepted_at: float
     seq_id: int | None = None
-    model: str = ""
+    group: str = ""  # that took it
     kind: str = ""
     tokens: int = 0
     learning_rate: float = 0.0
@@ -94,9 +94,11 @@ class Watch:
         # Also told of tokens: tenant, session or "", base model, kind, number.
         self.used: Callable[[str, str, str, str, int], None] = lambda *_: None
 
-    def add_group(self, info: ModelInfo, tick_tokens: int, num_ranks: int) -> None:
-        self._paces.setdefault(info.name, _Pace(info, tick_tokens, num_ranks))
-        self.meter.add("recoveries", 0, model=info.name)
+    def add_group(self, group: str, info: ModelInfo, tick_tokens: int, num_ranks: int) -> None:
+        """group: its name, which is its base model's only where that has one group. It is what the label
+        ``model`` of the metrics says."""
+        self._paces.setdefault(group, _Pace(info, tick_tokens, num_ranks))
+        self.meter.add("recoveries", 0, model=group)
 
     # requests -------------------------------------------------------------------------------------
 
@@ -136,9 +138,9 @@ class Watch:
             case "optim_step":
                 history = self.histories.of(request.owner)
                 history.add_step(request.seq_id or 0, self._clock.now(), request.learning_rate, numbers)
-                self.meter.add("optimizer_steps", 1, model=request.model)
+                self.meter.add("optimizer_steps", 1, model=request.group)
             case "sample":
-                self._paces[request.model].num_samples += 1
+                self._paces[request.group].num_samples += 1
                 self._count_tokens(request, "prompt", request.tokens)
                 self._count_tokens(request, "sampled", int(numbers.get("sampled_tokens", 0)))
 
@@ -148,10 +150,10 @@ class Watch:
         if request is None:
             return
         now = self._clock.now()
-        kind, model = request.kind or "rejected", request.model
+        kind, group = request.kind or "rejected", request.group
         result = "done" if failure is None else f"{failure.category}_error"
-        self.meter.add("requests", 1, model=model, kind=kind, result=result)
-        self.meter.observe("request_seconds", now - request.accepted_at, model=model, kind=kind)
+        self.meter.add("requests", 1, model=group, kind=kind, result=result)
+        self.meter.observe("request_seconds", now - request.accepted_at, model=group, kind=kind)
         sessions = frozenset([request.session])
         args: dict[str, str | float] = {"request": request_id, "result": result}
         if request.seq_id is not None:
@@ -184,7 +186,7 @@ class Watch:
 
     # ticks ----------------------------------------------------------------------------------------
 
-    def tick_began(self, model: str, tick: Tick, window: Window) -> None:
+    def tick_began(self, group: str, tick: Tick, window: Window) -> None:
         now = self._clock.now()
         tokens = {"forward": 0, "forward_backward": 0}
         sessions: set[str] = set()
@@ -192,7 +194,7 @@ class Watch:
         for work in window.work:
             sessions.add(session_of(work.run_id))
             for entry in work.entries:
-                request = self._taken(entry.request_id, work.tenant, work.run_id, model, now)
+                request = self._taken(entry.request_id, work.tenant, work.run_id, group, now)
                 request.seq_id, request.kind = entry.seq_id, kind_of(entry.command)
                 request.tokens = num_tokens(entry.command)
                 if isinstance(entry.command, OptimCommand):
@@ -202,30 +204,30 @@ class Watch:
                 self._waited(request, now)
                 parents.update(filter(None, [request.parent]))
         for sample in tick.samples:
-            request = self._taken(sample.request_id, sample.tenant, "", model, now)
+            request = self._taken(sample.request_id, sample.tenant, "", group, now)
             request.kind, request.tokens = "sample", len(sample.request.prompt)
             sessions.add(request.session)
             self._waited(request, now)
             parents.update(filter(None, [request.parent]))
         num_runs = sum(work.has_pass for work in window.work)
-        self._paces[model].running = _Running(
+        self._paces[group].running = _Running(
             tick, now, frozenset(sessions - {""}), num_runs, tokens, tuple(sorted(parents))
         )
 
-    def tick_ended(self, model: str, report: TickReport) -> None:
-        pace = self._paces[model]
+    def tick_ended(self, group: str, report: TickReport) -> None:
+        pace = self._paces[group]
         running, pace.running = pace.running, None
         if running is None:
             return
         now = self._clock.now()
         seconds = now - running.started_at
-        self.meter.observe("tick_seconds", seconds, model=model)
+        self.meter.observe("tick_seconds", seconds, model=group)
         for phase, value in report.seconds.items():
-            self.meter.observe("step_seconds", value, model=model, phase=phase)
+            self.meter.observe("step_seconds", value, model=group, phase=phase)
         num_tokens = sum(running.tokens.values())
         if running.num_runs:
-            self.meter.observe("tick_fill_ratio", num_tokens / pace.tick_tokens, model=model)
-            self.meter.observe("tick_runs", running.num_runs, model=model)
+            self.meter.observe("tick_fill_ratio", num_tokens / pace.tick_tokens, model=group)
+            self.meter.observe("tick_runs", running.num_runs, model=group)
             work = 4 * running.tokens["forward_backward"] + 2 * running.tokens["forward"]
             pace.flops += work * pace.info.active_parameters
             pace.pass_seconds += report.seconds.get("passes", 0.0)
@@ -233,15 +235,15 @@ class Watch:
             pace.recent.append((seconds, running.num_runs, pace.num_samples))
             pace.num_samples = 0
         pace.num_ticks += 1
-        self._trace(model, running, report)
+        self._trace(group, running, report)
 
-    def tick_lost(self, model: str) -> None:
+    def tick_lost(self, group: str) -> None:
         """The group died in the middle of it."""
-        self._paces[model].running = None
-        self._paces[model].recoveries.append(self._clock.now())
-        self.meter.add("recoveries", 1, model=model)
+        self._paces[group].running = None
+        self._paces[group].recoveries.append(self._clock.now())
+        self.meter.add("recoveries", 1, model=group)
 
-    def _trace(self, model: str, running: _Running, report: TickReport) -> None:
+    def _trace(self, group: str, running: _Running, report: TickReport) -> None:
         """The phases follow each other in the order in which the report names them."""
         if not running.sessions and not running.parents:
             return
@@ -249,58 +251,59 @@ class Watch:
         for phase, value in report.seconds.items():
             if value > 1e-5:
                 args: dict[str, str | float] = {"tick": report.tick_id}
-                track = f"ticks {model}"
+                track = f"ticks {group}"
                 span = Span(phase, start, start + value, running.sessions, track, args, running.parents)
                 self.spans.add(span)
             start += value
 
     # what it knows --------------------------------------------------------------------------------
 
-    def mfu(self, model: str) -> float | None:
+    def mfu(self, group: str) -> float | None:
         """Since the last call; None without passes or without a known peak."""
-        pace = self._paces[model]
+        pace = self._paces[group]
         possible = pace.pass_seconds * pace.info.peak_flops * pace.num_ranks
         done, pace.flops, pace.pass_seconds = pace.flops, 0.0, 0.0
         return done / possible if possible > 0 and done > 0 else None
 
-    def recoveries(self, model: str) -> list[float]:
+    def recoveries(self, group: str) -> list[float]:
         """When the last ones began, POSIX seconds."""
-        return list(self._paces[model].recoveries)
+        return list(self._paces[group].recoveries)
 
-    def tenant_tokens(self, model: str) -> dict[str, int]:
+    def tenant_tokens(self, group: str) -> dict[str, int]:
         """All tokens so far, by the tenant's label."""
-        return dict(self._paces[model].tenant_tokens)
+        return dict(self._paces[group].tenant_tokens)
 
-    def num_ticks(self, model: str) -> int:
-        return self._paces[model].num_ticks
+    def num_ticks(self, group: str) -> int:
+        return self._paces[group].num_ticks
 
-    def seconds_per_run(self, model: str) -> float | None:
+    def seconds_per_run(self, group: str) -> float | None:
         """How long one run's turn has been taking, sharing considered; None while nothing is known."""
-        return _seconds_each((seconds, runs) for seconds, runs, _ in self._paces[model].recent)
+        return _seconds_each((seconds, runs) for seconds, runs, _ in self._paces[group].recent)
 
-    def seconds_per_sample(self, model: str) -> float | None:
-        return _seconds_each((seconds, samples) for seconds, _, samples in self._paces[model].recent)
+    def seconds_per_sample(self, group: str) -> float | None:
+        return _seconds_each((seconds, samples) for seconds, _, samples in self._paces[group].recent)
 
     # helpers --------------------------------------------------------------------------------------
 
-    def _taken(self, request_id: str, tenant: str, owner: str, model: str, now: float) -> _Request:
+    def _taken(self, request_id: str, tenant: str, owner: str, group: str, now: float) -> _Request:
         request = self._requests.get(request_id)
         if request is None:  # done again after a failure, or from the journal of an earlier life
             request = _Request(tenant, owner, session_of(owner), now)
             self._requests[request_id] = request
-        request.model, request.taken_at = model, now
+        request.group, request.taken_at = group, now
         return request
 
     def _waited(self, request: _Request, now: float) -> None:
         waited = now - request.accepted_at
-        self.meter.observe("queue_seconds", waited, model=request.model, kind=request.kind)
+        self.meter.observe("queue_seconds", waited, model=request.group, kind=request.kind)
 
     def _count_tokens(self, request: _Request, kind: str, amount: int) -> None:
-        self.used(request.tenant, request.session, request.model, kind, amount)
+        pace = self._paces[request.group]
+        self.used(request.tenant, request.session, pace.info.name, kind, amount)
         tenant = self._tenants.of(request.tenant)
-        by_tenant = self._paces[request.model].tenant_tokens
+        by_tenant = pace.tenant_tokens
         by_tenant[tenant] = by_tenant.get(tenant, 0) + amount
-        self.meter.add("tokens", amount, model=request.model, kind=kind, tenant=tenant)
+        self.meter.add("tokens", amount, model=request.group, kind=kind, tenant=tenant)
 
 
 def session_of(owner: str) -> str:
