@@ -127,6 +127,27 @@ async def test_one_that_nobody_asks_for_ends_itself_to_the_last_step(
     assert plane.closing.is_set()
 
 
+async def test_patience_is_what_was_deployed_last_and_every_call_is_a_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("twinkle_serve.cluster.coordinator.time", clock)
+    coordinator = _coordinator(tmp_path, ray__orphan_exit_s=120.0)
+    monkeypatch.setattr(coordinator, "_run", asyncio.Event().wait)
+    now[0] += 119.0
+    assert coordinator._is_wanted()
+    assert await coordinator.adopt(_coordinator(tmp_path, ray__orphan_exit_s=1800.0)._deployment)
+    now[0] += 225.0  # replicas ping eight times in orphan_exit_s, now of the new deployment
+    assert coordinator._is_wanted()
+    await coordinator.call("list_runs", ())
+    now[0] += 1799.0
+    assert coordinator._is_wanted()
+    now[0] += 2.0
+    assert not coordinator._is_wanted()
+    await coordinator.stop()
+
+
 async def test_each_group_that_comes_late_serves_from_then_on(tmp_path: Path) -> None:
     coordinator, plane = _coordinator(tmp_path, groups=3), Plane()
     _, second, third = coordinator._fleet.groups.values()

@@ -25,6 +25,7 @@ def _deployed(*models: dict[str, Any], **rest: Any) -> Deployment:
         _deployed(MODEL, {"name": "b", "path": "/b"}),
         _deployed({"name": "b", "path": "/b"}, MODEL | {"groups": 2}),
         _deployed(MODEL, http={"replicas": 7}),
+        _deployed(MODEL, ray={"orphan_exit_s": 7}),
     ],
 )
 def test_what_only_adds_is_taken_up(after: Deployment) -> None:
@@ -39,6 +40,8 @@ def test_what_only_adds_is_taken_up(after: Deployment) -> None:
         _deployed(MODEL | {"groups": 2, "max_rank": 8}),
         _deployed(MODEL, storage={"root": "/elsewhere"}),
         _deployed(MODEL, limits={"session_expiry_s": 700}),
+        _deployed(MODEL, monitoring={"log_level": "DEBUG"}),
+        _deployed(MODEL, monitoring={"otlp_endpoint": "http://127.0.0.1:4318/v1/traces"}),
         replace(_deployed(MODEL), version="0.0.0"),
     ],
 )

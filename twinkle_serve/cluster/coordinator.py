@@ -82,7 +82,7 @@ class Coordinator:
         self._status = Status("loading", "starting")
         self._life: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
-        self._pinged_at = time.monotonic()
+        self._asked_at = time.monotonic()
         self._failed_at = 0.0
         self._curves = HistoryFiles(config.storage.root)
         self._curves_at = 0.0
@@ -106,7 +106,6 @@ class Coordinator:
     async def ping(self) -> Status:
         """A replica is there. The first one starts everything."""
         self._live()
-        self._pinged_at = time.monotonic()
         return replace(self._status, deployed_at=self._deployment.deployed_at)
 
     async def adopt(self, deployment: Deployment) -> bool:
@@ -117,6 +116,7 @@ class Coordinator:
         if not self._deployment.grows_to(deployment):
             return False
         self._deployment, self._config = deployment, deployment.config
+        self._asked_at = time.monotonic()
         self._fleet.cover(deployment.config)
         if self._plane is not None:
             self._plane.expect(model.name for model in self._config.models)
@@ -148,16 +148,17 @@ class Coordinator:
         await self._fleet.stop()
 
     def _live(self) -> None:
-        """Start on the first call: an async actor has no running loop while it is constructed."""
+        """A replica is there. Start on the first call: an async actor has no running loop while it is
+        constructed."""
+        self._asked_at = time.monotonic()
         if self._life is None:
             self._life = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         await self._try_to_load()
         # After `serve shutdown` no replica pings any more, and the base model must not stay behind.
-        patience = self._config.ray.orphan_exit_s
-        while time.monotonic() - self._pinged_at < patience:
-            await asyncio.sleep(min(_GAUGES_EVERY_S, patience / 20))
+        while self._is_wanted():
+            await asyncio.sleep(min(_GAUGES_EVERY_S, self._config.ray.orphan_exit_s / 20))
             if self._plane is not None:
                 self._plane.measure()
                 self._grow()
@@ -166,9 +167,13 @@ class Coordinator:
             elif time.monotonic() - self._failed_at > _RELOAD_S:
                 # After a crash the machine may be short of something for a while; clients are waiting.
                 await self._try_to_load()
-        _log.warning("nobody has asked for this service for %g s: it ends", patience)
+        _log.warning("nobody has asked for this service for %g s: it ends", self._config.ray.orphan_exit_s)
         await self.stop()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    def _is_wanted(self) -> bool:
+        """A replica was heard lately, by what was deployed last: that also says how often they ping."""
+        return time.monotonic() - self._asked_at < self._config.ray.orphan_exit_s
 
     async def _save_curves(self, plane: ControlPlane) -> None:
         """Of what came after the last time, recovery does most again."""

@@ -36,5 +36,5 @@ class Deployment:
 
 
 def _relevant(config: Config) -> dict[str, Any]:
-    whole = dict.fromkeys(("models", "storage", "limits", "losses"), True)
+    whole = dict.fromkeys(("models", "storage", "limits", "losses", "monitoring"), True)
     return config.model_dump(include=whole | {"auth": {"mode"}})
