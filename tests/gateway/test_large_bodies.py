@@ -17,11 +17,15 @@ import zstandard
 from tests.gateway.scripted import ScriptedBackend
 from tests.protocol import sdk_bodies as sdk
 from twinkle_serve.config import Config
-from twinkle_serve.control.backend import OptimCommand, PassCommand
-from twinkle_serve.gateway import context, training
+from twinkle_serve.control.backend import OptimCommand, PassCommand, Poll
+from twinkle_serve.gateway import context, futures, sampling, training
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.identity import Caller, CheckedIdentity
+from twinkle_serve.protocol import results
+from twinkle_serve.protocol.data import Column, ForwardResult
 from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.results import encode_result
+from twinkle_serve.protocol.sample import decode_sample
 
 LARGE = 2**17
 
@@ -97,6 +101,55 @@ async def test_other_large_objects(
     here = threading.current_thread()
     assert [thread is here for thread in parsing] == [True, False]
     assert all(isinstance(command, OptimCommand) for _, _, command in backend.commands)
+
+
+async def test_large_samples(
+    client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[threading.Thread] = []
+
+    def decode(*arguments: Any) -> Any:
+        found.append(threading.current_thread())
+        return decode_sample(*arguments)
+
+    monkeypatch.setattr(sampling, "decode_sample", decode)
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+    for number, padding in ((1, 0), (2, LARGE)):
+        body = {
+            "sampling_session_id": "s:sample:0",
+            "seq_id": number,
+            "prompt": prompt,
+            "padding": "x" * padding,
+        }
+        assert (await client.post("/asample", json=body)).status_code == 200
+    here = threading.current_thread()
+    assert [thread is here for thread in found] == [True, False]
+    assert [sample.prompt.tolist() for sample in backend.samples] == [[1, 2], [1, 2]]
+
+
+async def test_large_results(
+    client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[threading.Thread] = []
+
+    def encode(*arguments: Any) -> Any:
+        found.append(threading.current_thread())
+        return encode_result(*arguments)
+
+    monkeypatch.setattr(futures, "encode_result", encode)
+    monkeypatch.setattr(results, "MAX_JSON_CELLS", LARGE)
+    for name, length in (("small", 10), ("large", LARGE), ("too-large", LARGE + 1)):
+        logprobs = Column(np.zeros(length, np.float32), np.zeros(1, np.int32))
+        backend.polls[name] = Poll("done", ForwardResult(logprobs, np.array([length]), {}))
+    small, large, too_large = [
+        (await client.post("/retrieve_future", json={"request_id": name})).json() for name in backend.polls
+    ]
+    assert len(small["loss_fn_outputs"][0]["logprobs"]["data"]) == 10
+    assert len(large["loss_fn_outputs"][0]["logprobs"]["data"]) == LARGE
+    assert too_large["category"] == "user"
+    assert "application/x-protobuf" in too_large["error"]
+    here = threading.current_thread()
+    assert [thread is here for thread in found] == [True, False, False]
 
 
 async def test_slow_passes_leave_the_threads_in_which_keys_are_checked(

@@ -16,12 +16,16 @@ from tinker import types
 from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
+from twinkle_serve.protocol import results
 from twinkle_serve.protocol.data import Column, ForwardResult, SampledSequence, SampleResult, TopK
+from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.results import (
     JSON,
     PROTOBUF,
+    dump,
     encode_result,
     forward_json,
+    num_cells,
     object_json,
     sample_json,
     sample_proto,
@@ -175,13 +179,28 @@ def test_samples_in_json() -> None:
         np.array([[empty[1], empty[1]], [full[1], empty[1]]], np.float32),
     )
     result = SampleResult((sequence,), np.array([NAN, -1.0], np.float32), top)
-    assert sample_json(result) == {
+    assert json.loads(dump(sample_json(result))) == {
         "type": "sample",
         "sequences": [{"stop_reason": "length", "tokens": [1, 2], "logprobs": [-0.5, -99999.0]}],
         "prompt_logprobs": [None, -1.0],
-        "topk_prompt_logprobs": [None, [(4, -1.0)]],
+        "topk_prompt_logprobs": [None, [[4, -1.0]]],
     }
     assert "prompt_logprobs" not in sample_json(SampleResult((sequence,)))
+
+
+def test_a_result_that_json_cannot_tell_is_told_in_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
+    top = TopK(np.ones((3, 4), np.int32), np.zeros((3, 4), np.float32))
+    sequence = SampledSequence(np.array([1], np.int32), np.zeros(1, np.float32), "stop")
+    result = SampleResult((sequence,), np.zeros(3, np.float32), top)
+    for value, cells in ((result, 16), (forward_result([(5, 0), (2, 3)]), 11), ({"a": 1.0}, 0)):
+        assert num_cells(value) == cells
+        monkeypatch.setattr(results, "MAX_JSON_CELLS", cells)
+        assert encode_result(value, "")[1] == JSON
+        monkeypatch.setattr(results, "MAX_JSON_CELLS", cells - 1)
+        if cells:
+            with pytest.raises(UserError, match=f"has {cells} numbers; as JSON at most {cells - 1}"):
+                encode_result(value, "")
+            assert encode_result(value, PROTOBUF)[1] == PROTOBUF
 
 
 @pytest.mark.parametrize(

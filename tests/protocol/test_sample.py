@@ -12,7 +12,7 @@ from tinker import types
 
 from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.sample import SampleLimits, decode_sample, num_answer_tokens
+from twinkle_serve.protocol.sample import MAX_TARGET_CELLS, SampleLimits, decode_sample
 
 LIMITS = SampleLimits(vocab_size=50, max_length=10, eos_token_ids=(2,), max_num_samples=8)
 LONG = {"chunks": [{"tokens": [1] * 70_000}]}
@@ -28,8 +28,24 @@ def test_the_smallest_request() -> None:
     assert request.prompt.dtype == np.int32
     assert (request.num_samples, request.prompt_logprobs) == (1, False)
     params = request.params
-    assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (None, 1.0, -1, 1.0)
+    assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (7, 1.0, -1, 1.0)
     assert (params.seed, params.stop_token_ids, params.stop_strings) == (None, (2,), ())
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(None, 7), (5, 5), (7, 7), (8, 7), (10**6, 7)])
+def test_what_is_drawn_has_room_behind_the_prompt(asked: int | None, drawn: int) -> None:
+    """Whatever the model's context is: a tenant's own limit may be less."""
+    assert decode_sample(body(sampling_params={"max_tokens": asked}), LIMITS).params.max_tokens == drawn
+
+
+def test_what_is_too_long_is_not_looked_at() -> None:
+    with pytest.raises(UserError, match="prompt has 70000 tokens; at most 10"):
+        decode_sample({"prompt": {"chunks": [{"tokens": ["no token"] * 70_000}]}}, LIMITS)
+    with pytest.raises(UserError, match="prompt has 11 chunks; at most 10"):
+        decode_sample({"prompt": {"chunks": [{"tokens": []}] * 11}}, LIMITS)
+    targets = {"dtype": "int64", "data": [None] * (MAX_TARGET_CELLS + 1)}
+    with pytest.raises(UserError, match=r"target_prompt_logprobs has .* values; at most"):
+        decode_sample(body(target_prompt_logprobs=targets), LIMITS)
 
 
 def test_a_request_of_the_sdk() -> None:
@@ -169,7 +185,7 @@ def test_a_prompt_may_fill_the_context() -> None:
     prompt = {"chunks": [{"tokens": [1] * 10}]}
     sample = decode_sample({"prompt": prompt}, LIMITS)
     assert sample.prompt.size == 10
-    assert num_answer_tokens(sample.params, 10, LIMITS) == 1
+    assert sample.params.max_tokens == 1
 
 
 def test_stops_may_be_as_long_as_the_limit_and_are_counted() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -17,9 +18,9 @@ from starlette.responses import Response
 from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, Poll
 from twinkle_serve.gateway.context import Authenticated, Call, authenticated
 from twinkle_serve.gateway.http import describes, refusal, reply
-from twinkle_serve.protocol.errors import Absent, BackendUnavailable, Busy, Lost, WireError
+from twinkle_serve.protocol.errors import Absent, BackendUnavailable, Busy, Lost, UserError, WireError
 from twinkle_serve.protocol.requests import RequestId, RetrieveFutures, read
-from twinkle_serve.protocol.results import encode_result
+from twinkle_serve.protocol.results import encode_result, num_cells
 from twinkle_serve.protocol.work import Failure
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,11 @@ async def _poll(call: Call, request_id: str, headers: Mapping[str, str]) -> Resp
     if poll.failure is not None:
         return failed(poll.failure)
     value = await call.gateway.resolve(poll.value)
-    body, media_type = encode_result(value, headers.get("accept", ""))
+    encode = partial(encode_result, value, headers.get("accept", ""))
+    try:
+        body, media_type = await call.beside(encode, num_cells(value))
+    except UserError as error:
+        return failed(error.as_failure())
     return Response(body, media_type=media_type)
 
 

@@ -5,16 +5,21 @@ Knows the JSON of both. Does not know where a sampler's weights are nor when the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from twinkle_serve.gateway.context import Authenticated
 from twinkle_serve.gateway.http import describes, no_content, reply
+from twinkle_serve.protocol.bodies import parse_object
 from twinkle_serve.protocol.data import SampleRequest
 from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.paths import parse_path
 from twinkle_serve.protocol.requests import CreateSamplingSession, RequestId, read
-from twinkle_serve.protocol.sample import SampleAddress, SampleBody, decode_sample
+from twinkle_serve.protocol.sample import SampleAddress, SampleBody, SampleLimits, decode_sample
 from twinkle_serve.protocol.work import Failure
 
 router = APIRouter(tags=["sampling"])
@@ -42,7 +47,8 @@ async def get_sampler(sampler_id: str, call: Authenticated) -> Response:
 @router.post("/asample", openapi_extra=describes(SampleAddress, SampleBody))
 async def asample(request: Request, call: Authenticated) -> Response:
     """Accepted at once; a request whose content is wrong fails as a promise, like a training command."""
-    body = await call.object(request)
+    sent = await call.body(request)
+    body = await call.beside(partial(parse_object, sent), len(sent))
     sampler_id, seq_id = body.get("sampling_session_id"), body.get("seq_id")
     if not isinstance(sampler_id, str) or not sampler_id:
         raise MalformedBody("sampling_session_id is missing; create a sampling session first")
@@ -50,13 +56,16 @@ async def asample(request: Request, call: Authenticated) -> Response:
     if seq_id is not None and (type(seq_id) is not int or not 0 <= seq_id < 2**63):
         raise MalformedBody(f"seq_id must be a whole number from 0 to 2^63-1, got {seq_id!r:.40}")
     limits = await call.sample_limits(sampler_id)
-    sample: SampleRequest | Failure
-    try:
-        sample = decode_sample(body, limits)
-    except UserError as error:
-        sample = error.as_failure()
+    sample = await call.beside(partial(_decoded, body, limits), len(sent))
     request_id, sequence_ids = await call.backend.sample(call.tenant, sampler_id, seq_id, sample)
     return reply({"request_id": request_id, "sample_sequence_ids": sequence_ids})
+
+
+def _decoded(body: Mapping[str, Any], limits: SampleLimits) -> SampleRequest | Failure:
+    try:
+        return decode_sample(body, limits)
+    except UserError as error:
+        return error.as_failure()
 
 
 @router.post("/cancel_future", openapi_extra=describes(RequestId))

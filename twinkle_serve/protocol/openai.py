@@ -20,14 +20,15 @@ from twinkle_serve.protocol.sample import (
     MAX_STOPS,
     SampleLimits,
     check_stop_strings,
-    check_topk,
-    num_answer_tokens,
+    limited,
 )
 
 DEFAULT_MAX_TOKENS = 16  # of completions; a chat goes on to the end of the context
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 2048
 """Of a request with several prompts, n of each: an answer is written whole."""
+MAX_TOLD_LOGPROBS = 2**20
+"""Of an answer, alternatives included: as JSON each takes some 300 bytes and 4 microseconds."""
 MAX_MESSAGES = 2**14
 MAX_BODY_BYTES = 2**24
 
@@ -80,6 +81,10 @@ class _Request(Lenient):
         return stops
 
     @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
     def num_tokens(self) -> int | None:
         raise NotImplementedError
 
@@ -111,9 +116,20 @@ class _Request(Lenient):
             stop_token_ids=tuple(limits.eos_token_ids),
             stop_strings=self.stops,
         )
+        params = limited(params, len(prompt), limits)
         top = min(self.num_logprobs or 0, limits.vocab_size)
-        check_topk("logprobs", top, self.n * num_answer_tokens(params, len(prompt), limits))
+        if self.num_logprobs is not None:
+            self._check_told(self.n * (params.max_tokens or 0), top)
         return SampleRequest(np.asarray(prompt, np.int32), params, self.n, topk_sample_logprobs=top)
+
+    def _check_told(self, num_tokens: int, top: int) -> None:
+        """``num_tokens``: of all choices for one prompt. Raises UserError."""
+        most = MAX_TOLD_LOGPROBS // self.num_prompts
+        if num_tokens * (1 + top) > most:
+            raise UserError(
+                f"logprobs of up to {num_tokens} tokens with {top} alternatives each are asked for; at most "
+                f"{most} can be told of a prompt here; ask for fewer, or set max_tokens"
+            )
 
 
 class Completion(_Request):
@@ -139,7 +155,7 @@ class Completion(_Request):
             raise UserError("prompt is empty")
         if self.stream and len(self.prompts) > 1:
             raise UserError("stream: one prompt at a time is possible")
-        num_prompts = len(self.prompts)
+        num_prompts = self.num_prompts
         if num_prompts > 1 and num_prompts * self.n > MAX_CHOICES:
             raise UserError(
                 f"prompt is a list of {num_prompts} and n is {self.n}; their product is {MAX_CHOICES} at most"
@@ -150,6 +166,10 @@ class Completion(_Request):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
 
     @property
     def num_tokens(self) -> int | None:

@@ -16,10 +16,12 @@ import orjson
 
 from twinkle_serve.protocol import schema
 from twinkle_serve.protocol.data import Column, ForwardResult, Listed, SampledSequence, SampleResult, TopK
+from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
+MAX_JSON_CELLS = 2**22
 _OUTPUT_TYPE = "TorchLossReturn"
 # What the SDK itself puts into a cell that holds no logprob.
 _NO_LOGPROB = -99999.0
@@ -29,14 +31,33 @@ def encode_result(value: Any, accept: str) -> tuple[bytes, str]:
     """The body and content type of a finished promise.
 
     value: ForwardResult, SampleResult, a dict (sent as JSON, metrics of a step below "metrics") or None.
+    Raises UserError for a result that is too large for JSON.
     """
     protobuf = PROTOBUF in accept
+    if not protobuf and num_cells(value) > MAX_JSON_CELLS:
+        raise UserError(
+            f"this result has {num_cells(value)} numbers; as JSON at most {MAX_JSON_CELLS} are told, so ask "
+            f"for it with Accept: {PROTOBUF}, as SDKs since 0.19 do"
+        )
     if isinstance(value, ForwardResult):
         return (forward_proto(value), PROTOBUF) if protobuf else (dump(forward_json(value)), JSON)
     if isinstance(value, SampleResult):
         return (sample_proto(value), PROTOBUF) if protobuf else (dump(sample_json(value)), JSON)
     assert value is None or isinstance(value, Mapping), type(value)
     return dump(object_json(value or {})), JSON
+
+
+def num_cells(value: Any) -> int:
+    """About how many numbers a result has, which is what its encoding takes time for."""
+    if isinstance(value, ForwardResult):
+        return int(value.logprobs.values.size)
+    if isinstance(value, SampleResult):
+        told: list[Array | None] = [value.prompt_logprobs, value.target_prompt_logprobs]
+        tops = [value.topk_prompt, value.prompt_alternatives, *(each.topk for each in value.sequences)]
+        told += [top.token_ids for top in tops if top is not None]
+        told += [sequence.tokens for sequence in value.sequences]
+        return sum(array.size for array in told if array is not None)
+    return 0
 
 
 def dump(value: Any) -> bytes:
@@ -178,11 +199,13 @@ def _write_topk(message: Any, topk: TopK) -> None:
     message.logprobs = topk.logprobs.astype("<f4").tobytes()
 
 
-def _topk_json(topk: TopK) -> list[list[tuple[int, float]] | None]:
-    rows: list[list[tuple[int, float]] | None] = []
-    for ids, logprobs in zip(topk.token_ids.tolist(), topk.logprobs.tolist(), strict=True):
-        cells = [(i, x) for i, x in zip(ids, logprobs, strict=True) if math.isfinite(x) and x > _NO_LOGPROB]
-        rows.append(cells or None)
+def _topk_json(topk: TopK) -> list[orjson.Fragment | None]:
+    """Each row as it is written, for as Python's objects all of them would take ten times the memory."""
+    rows: list[orjson.Fragment | None] = []
+    for ids, logprobs in zip(topk.token_ids, topk.logprobs, strict=True):
+        pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
+        cells = [(i, x) for i, x in pairs if math.isfinite(x) and x > _NO_LOGPROB]
+        rows.append(orjson.Fragment(orjson.dumps(cells)) if cells else None)
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,8 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     last_n = sample.prompt_logprobs_last_n
     if last_n is not None:
         _in_range("prompt_logprobs_last_n", last_n, 1, max(1, prompt.size - 1))
-    params = _params(sample.sampling_params, limits)
-    drawn = sample.num_samples * num_answer_tokens(params, prompt.size, limits)
+    params = limited(_params(sample.sampling_params, limits), prompt.size, limits)
+    drawn = sample.num_samples * (params.max_tokens or 0)
     check_topk("topk_sample_logprobs", sample.topk_sample_logprobs, drawn)
     check_topk("topk_prompt_logprobs", sample.topk_prompt_logprobs, prompt.size)  # empty ones count as well
     _check_draws(sample.prompt_alt_tokens_k, prompt.size, limits.vocab_size)
@@ -104,11 +104,11 @@ def decode_sample(body: Mapping[str, Any], limits: SampleLimits) -> SampleReques
     )
 
 
-def num_answer_tokens(params: SamplingParams, prompt_size: int, limits: SampleLimits) -> int:
-    """The most that one sample may have. A prompt that fills the context is still scored, and one token is
-    drawn after it: nothing is ever read behind that one."""
+def limited(params: SamplingParams, prompt_size: int, limits: SampleLimits) -> SamplingParams:
+    """``params`` with a ``max_tokens`` for which there is room behind the prompt. One that fills the context
+    is still scored, and one token is drawn after it: nothing is ever read behind that one."""
     room = max(1, limits.max_length - prompt_size)
-    return room if params.max_tokens is None else min(params.max_tokens, room)
+    return replace(params, max_tokens=room if params.max_tokens is None else min(params.max_tokens, room))
 
 
 def check_topk(name: str, k: int, num_tokens: int) -> None:
@@ -138,13 +138,11 @@ def check_stop_strings(name: str, stops: Sequence[str]) -> None:
 
 def _prompt(prompt: Any, limits: SampleLimits) -> npt.NDArray[np.int32]:
     try:
-        tokens = text_tokens_from_json(prompt)
+        tokens = text_tokens_from_json(prompt, max_chunks=limits.max_length, max_tokens=limits.max_length)
     except UserError as error:
         raise UserError(f"prompt {error}") from None
     if tokens.size == 0:
         raise UserError("prompt is empty; at least one token is needed")
-    if tokens.size > limits.max_length:
-        raise UserError(f"prompt has {tokens.size} tokens; at most {limits.max_length} are possible")
     wrong = check_token_range(tokens, limits.vocab_size)
     if wrong is not None:
         raise UserError(
@@ -203,6 +201,7 @@ def _targets(
     if prompt_size < 2:
         raise UserError(f"{name} needs a prompt of at least two tokens")
     try:
+        _check_num_targets(value)
         tensor = tensor_from_json(value)
         if tensor.values.dtype.kind != "i":
             raise UserError("must be int64")
@@ -221,6 +220,13 @@ def _targets(
     if tensor.crow is not None and tensor.col is not None:
         listed = Listed(tensor.crow, tensor.col)
     return (rows - 1).reshape(prompt_size - 1, width), listed
+
+
+def _check_num_targets(value: Any) -> None:
+    """Before they are looked at one by one. Raises UserError."""
+    listed = value.get("data") if isinstance(value, dict) else None
+    if isinstance(listed, list) and len(listed) > MAX_TARGET_CELLS:
+        raise UserError(f"has {len(listed)} values; at most {MAX_TARGET_CELLS} are possible")
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> None:

@@ -155,13 +155,19 @@ def text_tokens_from_proto(chunks: Sequence[Any], max_chunks: float = math.inf) 
     return _read(parts[0] if len(parts) == 1 else b"".join(parts), np.dtype("<i4"))
 
 
-def text_tokens_from_json(model_input: Any, max_chunks: float = math.inf) -> Array:
+def text_tokens_from_json(
+    model_input: Any, max_chunks: float = math.inf, max_tokens: float = math.inf
+) -> Array:
     """The tokens of ``{"chunks": [...]}``, end to end: int64 [N]. Old clients send no chunk type, so a
-    chunk is told by its keys."""
+    chunk is told by its keys. Raises UserError, for more than ``max_tokens`` before they are looked at."""
     chunks = model_input.get("chunks") if isinstance(model_input, dict) else None
     if not isinstance(chunks, list):
         raise UserError("has no list of chunks")
     _check_chunks(len(chunks), max_chunks)
+    lists = [chunk.get("tokens") for chunk in chunks if isinstance(chunk, dict)]
+    num_tokens = sum(len(tokens) for tokens in lists if isinstance(tokens, list))
+    if num_tokens > max_tokens:
+        raise UserError(f"has {num_tokens} tokens; at most {max_tokens} are possible")
     parts = []
     for position, chunk in enumerate(chunks):
         if not isinstance(chunk, dict) or "tokens" not in chunk:

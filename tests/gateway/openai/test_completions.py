@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -98,7 +99,7 @@ async def test_a_chat_goes_on_to_the_end_of_the_context_and_a_completion_for_16_
 ) -> None:
     answers(backend, sequence([10]))
     await post(client)
-    assert asked(backend).params.max_tokens is None
+    assert asked(backend).params.max_tokens == 200 - asked(backend).prompt.size
     backend.polls["sample-1"] = backend.polls["sample-0"]
     await post(client, "/completions", prompt="hi")
     assert asked(backend).params.max_tokens == 16
@@ -142,6 +143,8 @@ async def test_content_may_come_in_parts(
         ({"prompt": "x", "logit_bias": {"1": 5}}, "logit_bias is not supported"),
         ({"prompt": ["x", "y"], "stream": True}, "one prompt"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "logprobs": 20, "n": 256, "max_tokens": 199}, "at most 1048576 can be told"),
+        ({"prompt": ["x"] * 64, "logprobs": 9, "n": 16, "max_tokens": 199}, "at most 16384 can be told"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
         ({}, "prompt"),
@@ -175,6 +178,23 @@ async def test_an_answer_without_the_token_that_ended_it(
     usage = answer["usage"]
     assert usage["completion_tokens"] == 2 * len(tokens) + 1
     assert usage["prompt_tokens_details"]["cached_tokens"] == 3
+
+
+async def test_parts_of_characters_are_told_as_bytes(
+    client: httpx.AsyncClient, backend: ScriptedBackend, text: ModelText
+) -> None:
+    said = "\U0001f9a9a\u9f98"
+    tokens = text.encode(said)
+    assert len(tokens) > len(said)
+    top = TopK(np.array([tokens[:3]] * len(tokens)), -np.arange(3.0).repeat(len(tokens)).reshape(3, -1).T)
+    answers(backend, replace(sequence(tokens, "length"), topk=top))
+    backend.polls["sample-1"] = backend.polls["sample-0"]
+    answer = await post(client, logprobs=True, top_logprobs=3)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == said
+    answer = await post(client, "/completions", prompt="x", logprobs=3)
+    (told, *_) = answer["choices"][0]["logprobs"]["top_logprobs"]
+    assert told == {r"bytes:\xf0": 0, r"bytes:\x9f": -1, r"bytes:\xa6": -2}
 
 
 async def test_the_stop_string_is_left_out(

@@ -83,11 +83,15 @@ async def test_the_first_failure_is_the_end_of_all(
 async def test_as_many_prompts_as_an_answer_may_have_choices(
     client: httpx.AsyncClient, backend: ScriptedBackend
 ) -> None:
-    for num_prompts, n in ((MAX_CHOICES + 1, 1), (MAX_CHOICES // 4 + 1, 4)):
+    too_many = MAX_CHOICES // 4 + 1
+    for num_prompts, n, message in (
+        (MAX_CHOICES + 1, 1, f"at most {MAX_CHOICES} items"),
+        (too_many, 4, f"prompt is a list of {too_many} and n is 4"),
+    ):
         body = BODY | {"prompt": [[5]] * num_prompts, "n": n}
         answer = await client.post("/completions", json=body)
         assert answer.status_code == 400
-        assert f"prompt is a list of {num_prompts} and n is {n}" in answer.json()["error"]["message"]
+        assert message in answer.json()["error"]["message"]
     assert backend.samples == []
     for number in range(MAX_CHOICES):
         backend.polls[f"sample-{number}"] = Poll("done", value=SampleResult(()))

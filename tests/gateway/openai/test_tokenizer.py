@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from twinkle_serve.gateway.openai.tokenizer import ModelText
@@ -40,6 +41,18 @@ def test_chats_and_texts_are_encoded_like_transformers_does(
     assert text.encode("the nation") == reference.encode("the nation")
     assert text.decode(expected) == reference.decode(expected, skip_special_tokens=True)
     assert text.decode(expected, special=True) == reference.decode(expected)
+
+
+def test_bytes_of_tokens(text: ModelText, tmp_path: Path) -> None:
+    said = "a \u00e9\u5317 \U0001f642<|im_end|>"
+    tokens = text.encode(said)
+    assert b"".join(map(text.bytes_of, tokens)) == said.encode()
+    assert text.bytes_of(10**6) == b""
+    # As SentencePiece's vocabularies do it.
+    tokenizer = Tokenizer(models.BPE({"a": 0, "<0xE9>": 1, "<0x41>": 2}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert [ModelText(tmp_path).bytes_of(token) for token in range(3)] == [b"a", b"\xe9", b"A"]
 
 
 def test_variables_reach_the_template(text: ModelText) -> None:

@@ -77,10 +77,7 @@ class TextShape:
     def logprobs(self, text: ModelText, drawn: Drawn, count: int, offset: int) -> Any:
         pieces = [text.decode([token], special=True) for token in drawn.tokens[:count]]
         offsets = list(accumulate(map(len, pieces), initial=offset))[:count]
-        tops = [
-            {text.decode([token], special=True): finite(float(logprob)) for token, logprob in pairs}
-            for pairs in (_alternatives(drawn, row) for row in range(count))
-        ]
+        tops = [_by_text(text, _alternatives(drawn, row)) for row in range(count)]
         return {
             "tokens": pieces,
             "token_logprobs": [finite(float(logprob)) for logprob in drawn.logprobs[:count]],
@@ -91,7 +88,19 @@ class TextShape:
 
 def _entry(text: ModelText, token: Any, logprob: Any) -> dict[str, Any]:
     piece = text.decode([token], special=True)
-    return {"token": piece, "logprob": finite(float(logprob)), "bytes": list(piece.encode())}
+    return {"token": piece, "logprob": finite(float(logprob)), "bytes": list(text.bytes_of(int(token)))}
+
+
+def _by_text(text: ModelText, pairs: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+    """Logprobs by what tokens read as. Parts of characters all read alike, so their bytes are written, as
+    OpenAI does; of tokens that still read alike the likeliest stands."""
+    told: dict[str, float] = {}
+    for token, logprob in pairs:
+        piece = text.decode([token], special=True)
+        if "\N{REPLACEMENT CHARACTER}" in piece:
+            piece = "bytes:" + "".join(f"\\x{byte:02x}" for byte in text.bytes_of(int(token)))
+        told.setdefault(piece, finite(float(logprob)))
+    return told
 
 
 def _alternatives(drawn: Drawn, row: int) -> list[tuple[Any, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -30,6 +31,7 @@ from twinkle_serve.protocol.results import dump
 from twinkle_serve.protocol.sample import SampleLimits
 
 router = APIRouter(tags=["openai"])
+_FEW_TOKENS = 2**12  # which become text at once
 _KEEP_ALIVE = b": still here\n\n"
 
 
@@ -112,7 +114,10 @@ async def _answer(
         return await EventStream.opened(events)
     async with submitted(call, target, requests) as request_ids:
         results = await finished(call, request, request_ids)
-    return reply(answer(request_ids[0]).whole(results, [len(prompt) for prompt in prompts]))
+    num_prompt_tokens = [len(prompt) for prompt in prompts]
+    num_drawn = sum(len(sequence.tokens) for result in results for sequence in result.sequences)
+    tell = partial(answer(request_ids[0]).whole, results, num_prompt_tokens)
+    return await call.beside(lambda: reply(tell()), num_drawn * (1 + (body.num_logprobs or 0)), _FEW_TOKENS)
 
 
 async def _events(

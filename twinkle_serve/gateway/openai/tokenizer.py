@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,9 @@ from twinkle_serve.protocol.errors import UserError
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how vocabularies with a fallback to bytes write one
+
+
 class ModelText:
     """A model's tokenizer and chat template. Raises UserError if ``directory`` has no tokenizer.
 
@@ -41,6 +45,9 @@ class ModelText:
             )
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        decoder = self._tokenizer.decoder
+        self._decoders = set() if decoder is None else _types_in(json.loads(decoder.__getstate__()))
+        self._added = set(self._tokenizer.get_added_tokens_decoder())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         settings = _read_json(directory / "tokenizer_config.json")
@@ -83,8 +90,32 @@ class ModelText:
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
+    def bytes_of(self, token: int) -> bytes:
+        """What one token stands for, which may be a part of a character."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        if "ByteFallback" in self._decoders and _BYTE.fullmatch(piece):
+            return bytes.fromhex(piece[3:5])
+        if "ByteLevel" in self._decoders and token not in self._added and _BYTE_OF.keys() >= set(piece):
+            return bytes(_BYTE_OF[character] for character in piece)
+        return self.decode([token], special=True).encode()
+
     def stream(self) -> TextStream:
         return TextStream(self._tokenizer)
+
+
+def _types_in(decoder: Mapping[str, Any]) -> set[str]:
+    """Of a decoder of tokenizer.json and those that it is made of."""
+    return {decoder["type"]}.union(*map(_types_in, decoder.get("decoders", ())))
+
+
+def _byte_level() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: those that print as themselves, the others from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level()
 
 
 class TextStream:
