@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -38,28 +39,34 @@ async def test_a_body_above_the_limit_is_refused(client: httpx.AsyncClient) -> N
         assert "1048576" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    "route",
-    [
-        "create_session",
-        "sessions/s/finish",
-        "create_model",
-        "load_weights",
-        "save_weights",
-        "save_weights_for_sampler",
-        "save_weights_external",
-    ],
-)
-async def test_what_is_kept_comes_in_small_bodies_wherever_the_limit_of_all_is(
-    backend: ScriptedBackend, config: Config, route: str
+WITH_TOKENS = {"/forward_backward", "/forward", "/asample"}
+
+
+async def test_what_brings_no_tokens_comes_in_small_bodies_wherever_the_limit_of_all_is(
+    backend: ScriptedBackend, config: Config
 ) -> None:
+    """Generated from the API page. These bodies are read in the event loop."""
     large = config.model_copy(update={"http": config.http.model_copy(update={"max_body_bytes": 2**28})})
     transport = httpx.ASGITransport(create_app(lambda: backend, large))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server/api/v1") as client:
-        content = b"{" + b" " * 2**20
-        answer = await client.post(f"/{route}", content=content, headers={"X-API-Key": "tml-test"})
-    assert answer.status_code == 413
-    assert "at most 1048576" in answer.json()["detail"]
+    base, headers = "http://server/api/v1", {"X-API-Key": "tml-test"}
+    async with httpx.AsyncClient(transport=transport, base_url=base, headers=headers) as client:
+        paths = (await client.get("http://server/openapi.json")).json()["paths"]
+        asked = 0
+        for path, methods in paths.items():
+            route = path.removeprefix("/api/v1").replace("{kind}", "weights")
+            route = re.sub("[{}]", "", route)
+            for method, described in methods.items():
+                if "requestBody" in described and route not in WITH_TOKENS:
+                    answer = await client.request(method, route, content=b"{" + b" " * 2**20)
+                    assert answer.status_code == 413, (method, route)
+                    assert "at most 1048576" in answer.json()["detail"]
+                    asked += 1
+        assert asked > 20
+        for path in sorted(WITH_TOKENS):
+            answer = await client.post(path, content=b"{" + b" " * 2**20)
+            assert answer.status_code == 400
+        answer = await client.post("http://server/v1/completions", content=b"{" + b" " * 2**24)
+        assert (answer.status_code, "at most 16777216" in answer.text) == (413, True)
 
 
 async def test_while_a_large_pass_is_decoded_others_are_answered(

@@ -26,6 +26,7 @@ from twinkle_serve.gateway.publishing import Publisher
 from twinkle_serve.protocol.batch import DatumLimits, dense_room
 from twinkle_serve.protocol.bodies import decompress, parse_object
 from twinkle_serve.protocol.losses import LossSpec
+from twinkle_serve.protocol.requests import MAX_SMALL_BODY_BYTES
 from twinkle_serve.protocol.sample import SampleLimits
 from twinkle_serve.protocol.work import ModelInfo
 
@@ -92,8 +93,8 @@ class Call:
         unpack = partial(decompress, sent, encoding, max_bytes)
         return await self.beside(unpack, len(sent), _SMALL_COMPRESSED_BYTES)
 
-    async def object(self, request: Request, most: int | None = None) -> dict[str, Any]:
-        """The JSON object in the body; {} when there is none. As ``body``."""
+    async def object(self, request: Request, most: int = MAX_SMALL_BODY_BYTES) -> dict[str, Any]:
+        """The JSON object in the body; {} when there is none. As ``body``; few routes need large ones."""
         body = await self.body(request, most)
         return await self.beside(partial(parse_object, body), len(body))
 

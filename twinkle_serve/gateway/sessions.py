@@ -14,7 +14,6 @@ from twinkle_serve.gateway.context import Authenticated
 from twinkle_serve.gateway.http import describes, no_content, reply
 from twinkle_serve.protocol.errors import Expired
 from twinkle_serve.protocol.requests import (
-    MAX_SMALL_BODY_BYTES,
     CreateSession,
     FinishSession,
     Heartbeat,
@@ -30,7 +29,7 @@ Offset = Annotated[int, Query(ge=0, lt=2**31)]
 
 @router.post("/create_session", openapi_extra=describes(CreateSession))
 async def create_session(request: Request, call: Authenticated) -> Response:
-    body = read(CreateSession, await call.object(request, MAX_SMALL_BODY_BYTES))
+    body = read(CreateSession, await call.object(request))
     info = body.model_dump() | {"user_metadata": as_strings(body.user_metadata)}
     return reply({"session_id": await call.backend.create_session(call.tenant, info)})
 
@@ -55,7 +54,7 @@ async def get_session(session_id: str, call: Authenticated) -> Response:
 
 @router.post("/sessions/{session_id}/finish", openapi_extra=describes(FinishSession))
 async def finish_session(session_id: str, request: Request, call: Authenticated) -> Response:
-    body = read(FinishSession, await call.object(request, MAX_SMALL_BODY_BYTES))
+    body = read(FinishSession, await call.object(request))
     reason = body.reason | ({"detail": body.detail} if body.detail else {})
     await call.backend.finish_session(call.tenant, session_id, reason)
     return no_content()

@@ -52,7 +52,7 @@ LOADS = describes_either((wire.Addressed, wire.LoadWeights), (wire.CreateFromWei
 
 @router.post("/create_model", openapi_extra=describes(wire.CreateModel))
 async def create_model(request: Request, call: Authenticated) -> Response:
-    body = wire.read(wire.CreateModel, await call.object(request, wire.MAX_SMALL_BODY_BYTES))
+    body = wire.read(wire.CreateModel, await call.object(request))
     wire.check_optimizer(body.optimizer_config)
     request_id = await call.backend.create_model(
         call.tenant,
@@ -110,26 +110,26 @@ async def optim_step(request: Request, call: Authenticated) -> Response:
 
 @router.post("/save_weights", openapi_extra=describes(wire.Addressed, wire.SaveWeights))
 async def save_weights(request: Request, call: Authenticated) -> Response:
-    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
+    body = await call.object(request)
     return await _submit(call, body, lambda: _save("weights", wire.read(wire.SaveWeights, body)))
 
 
 @router.post("/save_weights_for_sampler", openapi_extra=describes(wire.Addressed, wire.SaveForSampler))
 async def save_weights_for_sampler(request: Request, call: Authenticated) -> Response:
-    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
+    body = await call.object(request)
     return await _submit(call, body, lambda: _save_for_sampler(body))
 
 
 @router.post("/save_weights_external", openapi_extra=describes(wire.Addressed, wire.SaveExternal))
 async def save_weights_external(request: Request, call: Authenticated) -> Response:
-    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
+    body = await call.object(request)
     return await _submit(call, body, lambda: _save_external(body))
 
 
 @router.post("/load_weights", openapi_extra=LOADS)
 async def load_weights(request: Request, call: Authenticated) -> Response:
     """Into the run ``model_id``, or, with a session instead of a run, into a new one."""
-    body = await call.object(request, wire.MAX_SMALL_BODY_BYTES)
+    body = await call.object(request)
     if body.get("model_id") is not None:
         return await _submit(call, body, lambda: _load(body))
     if body.get("session_id") is None or body.get("model_seq_id") is None:

@@ -30,10 +30,13 @@ MAX_RANK = 32
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
 MAX_PROJECT_LENGTH = 128
 MAX_NAME_LENGTH = 1024
+MAX_SOUGHT = 100
+"""Names in each list of a search, which are compared with those of every session."""
 MAX_KEPT_BYTES = 64 * 1024
 """Of one field, as JSON, that is kept with a session, a run or a checkpoint for as long as there is one."""
 MAX_SMALL_BODY_BYTES = 2**20
-"""For requests of such fields: several at their limit fit, however they are spaced and escaped."""
+"""Of requests that bring no tokens: several such fields at their limit fit, however they are spaced and
+escaped."""
 MAX_SEQ_ID = 2**31 - 1
 """Of a run's commands. What protobuf requests can hold; the journal adds to it, in 64 bits."""
 
@@ -255,7 +258,7 @@ class SearchOwner(Lenient):
 
 class SearchStatus(Lenient):
     type: str
-    reasons: Texts | None = None
+    reasons: Annotated[Texts, Field(max_length=MAX_SOUGHT)] | None = None
 
 
 class SearchCursor(Lenient):
@@ -265,11 +268,11 @@ class SearchCursor(Lenient):
 
 class SearchSessions(Lenient):
     session_id: str | None = None
-    project_ids: Texts | None = None
-    user_metadata: TextByName = {}
-    display_name: str | None = None
+    project_ids: Annotated[Texts, Field(max_length=MAX_SOUGHT)] | None = None
+    user_metadata: Annotated[TextByName, AfterValidator(_small)] = {}
+    display_name: str | None = Field(None, max_length=MAX_NAME_LENGTH)
     owner: SearchOwner = SearchOwner()
-    statuses: Annotated[list[SearchStatus], Field(fail_fast=True)] | None = None
+    statuses: Annotated[list[SearchStatus], Field(fail_fast=True, max_length=MAX_SOUGHT)] | None = None
     limit: int = Field(50, ge=1, le=200)
     cursor: SearchCursor | None = None
 
