@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,25 +15,57 @@ def queue_of(*samples: tuple[str, str, int], room: int = 4) -> SampleQueue[str]:
     return queue
 
 
+def admitted(queue: SampleQueue[str], **active: int) -> list[str]:
+    return list(queue.take(active))
+
+
 def test_tenants_take_turns():
     queue = queue_of(*[("heavy", f"h{n}", 1) for n in range(9)], ("light", "l0", 1))
-    assert list(queue.take(0)) == ["h0", "l0", "h1", "h2"]
-    assert list(queue.take(3)) == ["h3"]
-    assert list(queue.take(4)) == []
+    assert admitted(queue) == ["h0", "l0", "h1", "h2"]
+    assert admitted(queue, heavy=3) == ["h3"]
+    assert admitted(queue, heavy=4) == []
 
 
 def test_a_turn_is_not_lost_between_ticks():
     queue = queue_of(("a", "a0", 4), ("a", "a1", 4), ("b", "b0", 4))
-    assert [list(queue.take(0)) for _ in range(3)] == [["a0"], ["b0"], ["a1"]]
+    assert admitted(queue) == ["a0", "b0"]
+    assert admitted(queue, a=4, b=4) == []
+    queue.push("b", "b1", 4, "b1")
+    assert admitted(queue) == ["a1", "b1"]
     assert queue.is_empty
 
 
-def test_one_that_is_larger_than_the_room_goes_alone():
-    queue = queue_of(("a", "big", 100), ("b", "b0", 1))
-    assert list(queue.take(1)) == []
-    assert list(queue.take(0)) == ["big"]
-    assert list(queue.take(100)) == []
-    assert list(queue.take(0)) == ["b0"]
+def test_one_that_is_larger_than_the_room_keeps_no_other_tenant_out():
+    queue = queue_of(("a", "big", 100), ("a", "a1", 1), ("b", "b0", 1))
+    assert admitted(queue, a=1, b=4) == []
+    assert admitted(queue, b=4) == ["big"]
+    assert admitted(queue, a=100, b=4) == []
+    assert admitted(queue, a=100) == ["b0"]
+    assert admitted(queue, a=100) == []
+    assert admitted(queue) == ["a1"]
+
+
+def test_a_full_room_has_a_share_for_each_by_weight():
+    weights = {"a": 1.0, "b": 1.0, "c": 2.0}
+    queue: SampleQueue[str] = SampleQueue(8, weights.__getitem__)
+    for tenant in weights:
+        for n in range(9):
+            queue.push(tenant, f"{tenant}{n}", 1, tenant)
+    active = Counter(a=8)
+    active.update(queue.take(active))
+    assert active == Counter(a=8, b=2, c=4)
+    active["b"] -= 1
+    assert admitted(queue, **active) == ["b"]
+    active["b"] += 1
+    active["a"] -= 6
+    assert admitted(queue, **active) == []  # all have their shares
+
+
+def test_nobody_slips_past_one_that_waits_for_room():
+    queue = queue_of(("a", "a1", 3), ("b", "b1", 1))
+    assert admitted(queue, a=1, b=2) == []
+    assert admitted(queue, a=1, b=1) == ["b1"]  # its share is two of four
+    assert admitted(queue, a=1) == ["a1"]
 
 
 def test_taking_one_back():
@@ -39,7 +73,7 @@ def test_taking_one_back():
     assert queue.remove("a", "a0") == "a0"
     assert queue.remove("a", "a0") is None
     assert queue.remove("nobody", "x") is None
-    assert list(queue.take(0)) == ["b0"]
+    assert admitted(queue) == ["b0"]
 
 
 def test_draining():
@@ -54,7 +88,7 @@ def test_all_are_admitted_once_in_order_of_their_tenant(samples):
     queue = queue_of(*named)
     taken = []
     while not queue.is_empty:
-        taken += list(queue.take(0))
+        taken += admitted(queue)
     for tenant in "abc":
         own = [request_id for t, request_id, _ in named if t == tenant]
         assert [request_id for request_id in taken if request_id[0] == tenant] == own
@@ -67,6 +101,6 @@ def test_positions_are_in_the_order_of_admission():
     positions = {request_id: queue.position(tenant, request_id) for tenant, request_id, _ in samples}
     order = []
     while not queue.is_empty:
-        order += queue.take(3)
+        order += queue.take({"other": 3})
     assert positions == {request_id: place + 1 for place, request_id in enumerate(order)}
     assert queue.position("heavy", "h0") is None

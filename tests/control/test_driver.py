@@ -70,7 +70,8 @@ async def test_a_lost_group_loses_samples_which_clients_submit_again(tmp_path):
         run = await client.create()
         snapshot = (await client.do(run, 1, SnapshotCommand(0)))["sampling_session_id"]
         sampler = await plane.create_sampler(TENANT, client.session, 1, "base", None)
-        samples = [await client.sample(s, n, max_tokens=1000) for n in range(3) for s in (snapshot, sampler)]
+        long = {"max_tokens": 1000, "num_samples": 20}
+        samples = [await client.sample(s, n, **long) for n in range(3) for s in (snapshot, sampler)]
         queued = await client.sample(sampler, 9, num_samples=200)
         crash_once(group, "passes")
         await asyncio.sleep(1)

@@ -69,6 +69,22 @@ async def test_samples_decode_while_training_goes_on(tmp_path):
 
 
 @virtual
+async def test_one_long_request_of_many_samples_keeps_no_other_tenant_waiting(tmp_path):
+    async with control_plane(tmp_path) as plane:
+        samplers = {}
+        clients = {name: await Client(plane, name).open() for name in ("alice", "bob")}
+        for name, client in clients.items():
+            samplers[name] = await plane.create_sampler(name, client.session, 0, "base", None)
+        long = await clients["alice"].sample(samplers["alice"], 1, max_tokens=40_000, num_samples=256)
+        await asyncio.sleep(1)
+        before = now()
+        await clients["bob"].result(await clients["bob"].sample(samplers["bob"], 1))
+        assert now() - before < 1
+        assert dict(plane._drivers["base"]._flights.sequences) == {"alice": 64}
+        await plane.cancel("alice", long)
+
+
+@virtual
 async def test_cancelled_samples_end_wherever_they_are(tmp_path):
     group = EchoGroup()
     async with control_plane(tmp_path, group) as plane:

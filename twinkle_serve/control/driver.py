@@ -81,7 +81,8 @@ class GroupDriver:
         self._keeper = keeper
         self._suspects = Suspects()
         self._places: Places = {}  # of the plan that is being made
-        self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * config.sampler.max_batch)
+        self._max_batch = config.sampler.max_batch
+        self._queue: SampleQueue[tuple[Sample, Flight]] = SampleQueue(2 * self._max_batch, weight)
         books.watch.add_group(self.name, group.info, config.planner.tick_tokens, config.ranks)
         self._decode_budget_s = config.sampler.decode_budget_ms / 1000
         self._decode_credit = DecodeCredit(config.sampler.share)
@@ -124,6 +125,8 @@ class GroupDriver:
         self._event.set()
 
     def sample(self, sample: Sample, flight: Flight) -> None:
+        # No request counts for more than the half of the room: its last sequence may run for long alone.
+        flight = replace(flight, num_sequences=min(flight.num_sequences, self._max_batch))
         self._queue.push(sample.tenant, sample.request_id, flight.num_sequences, (sample, flight))
         self._event.set()
 
@@ -230,7 +233,7 @@ class GroupDriver:
 
     def _assemble(self, window: Window, assembly: Assembly) -> Tick | None:
         samples = []
-        for sample, flight in self._queue.take(self._flights.num_sequences, self.books.quotas.too_fast):
+        for sample, flight in self._queue.take(self._flights.sequences, self.books.quotas.too_fast):
             self.books.quotas.spend(sample.tenant, sample.request.prompt.size)
             samples.append(sample)
             assembly.flights[flight.request_id] = flight

@@ -57,7 +57,8 @@ class Flight:
     on_value: takes note of success and turns the group's value into the client's. on_failure: takes note.
     on_lost: frees what it holds; the group died, and whether the request is done again is not said here.
     proof: what its answer has to wait for. outlives_tick: its outcome may come with a later tick (saves and
-    samples). sample: it is one, of ``num_sequences``; if it gets lost the client may simply submit it again.
+    samples). num_sequences: of a sample, those of ``tenant``'s that it may have decoded at once, and 0 for
+    what is none; a sample that gets lost the client may simply submit again.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class Flight:
     proof: Proof = Proof.NOTHING
     outlives_tick: bool = False
     num_sequences: int = 0
+    tenant: str = ""
 
 
 @dataclass(slots=True)

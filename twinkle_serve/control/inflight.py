@@ -7,6 +7,7 @@ nor what must be on disk before a client is told (telling.py).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,12 @@ class InFlight:
         self._flights: dict[str, Flight] = {}
         self._num_silent_reports = 0
         self._era = 0  # how often the group was lost
-        self.num_sequences = 0
+        self.sequences: Counter[str] = Counter()
+        """Of samples, by tenant."""
+
+    @property
+    def num_sequences(self) -> int:
+        return self.sequences.total()
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -56,14 +62,19 @@ class InFlight:
         for request_id, flight in flights.items():
             if request_id not in self._flights:
                 self._flights[request_id] = flight
-                self.num_sequences += flight.num_sequences
+                self._count(flight, flight.num_sequences)
+
+    def _count(self, flight: Flight, change: int) -> None:
+        self.sequences[flight.tenant] += change
+        if not self.sequences[flight.tenant]:
+            del self.sequences[flight.tenant]
 
     def settle(self, outcome: Outcome) -> None:
         """Nothing happens if the request was given up before, or cancelled."""
         flight = self._flights.pop(outcome.request_id, None)
         if flight is None:
             return
-        self.num_sequences -= flight.num_sequences
+        self._count(flight, -flight.num_sequences)
         self._suspects.settled(flight.request_id)
         if flight.outlives_tick:
             self._wake()  # a load may have waited for this save
@@ -141,7 +152,7 @@ class InFlight:
         self._era += 1
         flights = [*self._flights.values(), *waiting]
         self._flights.clear()
-        self.num_sequences = 0
+        self.sequences.clear()
         return flights
 
     def _tell(self, proof: Proof, outcome: Outcome) -> None:

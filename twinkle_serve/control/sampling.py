@@ -217,8 +217,15 @@ class Sampling:
         now = self._books.clock.now()
         line = line_of(self._books.promises.origin(work.request_id))
         self._pending[work.request_id] = _Pending(work.tenant, driver, session_id, now, line)
-        num_sequences = work.request.num_samples
-        flight = Flight(work.request_id, over, over, over, outlives_tick=True, num_sequences=num_sequences)
+        flight = Flight(
+            work.request_id,
+            over,
+            over,
+            over,
+            outlives_tick=True,
+            num_sequences=work.request.num_samples,
+            tenant=work.tenant,
+        )
         driver.sample(work, flight)
 
     def _adapter(self, sampler: Sampler) -> AdapterRef | None:
