@@ -12,13 +12,16 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DogeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     GPT2Config,
     GraniteConfig,
+    LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -153,6 +156,63 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+LONG = SMALL | {"max_position_embeddings": 256}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ONLY_IN_THE_MASK = {
+    "qwen2_moe": Qwen2MoeConfig(
+        **LONG,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=2,
+    ),
+    "phimoe": PhimoeConfig(**LONG, **MOE, sliding_window=16),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_IN_THE_MASK)
+def test_a_window_that_is_only_in_the_mask_is_refused_beyond_its_length(name: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(ONLY_IN_THE_MASK[name]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="max_context_length to at most 16"):
+        load(tmp_path)
+    with pytest.raises(UnsupportedModel, match="window"):
+        load(tmp_path, max_context_length=17)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = own(torch.arange(16)[None]).logits[0]
+    logits = packed_logits(load(tmp_path, max_context_length=16), [list(range(16))])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_makes_a_mask_of_its_own_is_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(DogeConfig(**LONG, keep_window_size=16)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="DogeAttention makes an attention mask of its own"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**LONG, sliding_window=16),
+        MixtralConfig(**LONG, **MOE, sliding_window=16),
+        Gemma3TextConfig(**LONG, head_dim=8, sliding_window=16),  # in some layers only
+        Qwen2Config(**LONG, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        LlamaConfig(**LONG, sliding_window=16),  # does not know of windows
+    ],
+)
+def test_a_window_that_the_layers_pass_is_attended_through(config: Any, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    base = load(tmp_path)
+    assert base.info.max_context_length == 256
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = own(torch.arange(40)[None]).logits[0]
+    torch.testing.assert_close(packed_logits(base, [list(range(40))]), expected, rtol=1e-4, atol=1e-4)
 
 
 LONGROPE = {
