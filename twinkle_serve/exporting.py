@@ -12,7 +12,7 @@ from pathlib import Path
 from twinkle_serve.config import Config
 from twinkle_serve.protocol.paths import parse_path
 from twinkle_serve.storage import checkpoints
-from twinkle_serve.storage.catalog import Catalog
+from twinkle_serve.storage.catalog import checkpoint_directory
 
 
 def export(config: Config, path: str, output: Path, merged: bool) -> str:
@@ -39,11 +39,7 @@ def export(config: Config, path: str, output: Path, merged: bool) -> str:
 
 def _directory(config: Config, path: str) -> str:
     parsed = parse_path(path)
-    catalog = Catalog(config.storage.root, config.storage.catalog_url)
-    try:
-        return catalog.directory_for(parsed.run_id, parsed.kind, parsed.name)
-    finally:
-        catalog.close()
+    return checkpoint_directory(config.storage.root, parsed.run_id, parsed.kind, parsed.name)
 
 
 def _base_model(config: Config, name: str) -> Path:

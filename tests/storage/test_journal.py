@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -215,6 +216,7 @@ async def test_an_unreadable_page_marks_runs_and_leaves_the_others(tmp_path):
 def _copy_of_live_journal(root: Path, target: Path) -> Path:
     """What a power cut leaves: the files as they are while somebody writes."""
     target.mkdir()
+    shutil.copytree(root / "runs", target / "runs")
     for name in ("journal.sqlite", "journal.sqlite-wal"):
         (target / name).write_bytes((root / name).read_bytes())
     return target

@@ -49,6 +49,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def file(written: Path, tmp_path: Path) -> Path:
+    shutil.copytree(written.parent / "runs", tmp_path / "runs")
     return Path(shutil.copy(written, tmp_path / "journal.sqlite"))
 
 
@@ -93,7 +94,7 @@ def test_a_whole_file_is_left_alone(file: Path) -> None:
     assert rescue(file) is None
     assert file.read_bytes() == before
     assert rescue(file.with_name("never.sqlite")) is None
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert {path.name for path in file.parent.iterdir()} == {file.name, "runs"}
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 6, 17, 33])

@@ -33,6 +33,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 await journal.append(JournalEntry(run_id, seq_id, f"{run_id}-{seq_id}", payload, 0.0))
         for name in ("journal.sqlite", "journal.sqlite-wal"):
             shutil.copy(root / name, copy / name)
+        shutil.copytree(root / "runs", copy / "runs")
         journal.close()
 
     asyncio.run(write())

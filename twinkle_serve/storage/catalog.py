@@ -25,9 +25,12 @@ from twinkle_serve.storage.records import (
     SamplerRecord,
     SessionRecord,
 )
+from twinkle_serve.storage.states import STATES
+from twinkle_serve.storage.tie import tie
 
 _log = logging.getLogger(__name__)
 _MAX_SEGMENT_BYTES = 200
+CHECKPOINTS = "checkpoints"
 Record = SessionRecord | RunRecord | SamplerRecord | LossRecord | CheckpointRecord
 
 # Each table is its key, the tenant, and the whole record as JSON: a field that a later version adds with a
@@ -66,11 +69,25 @@ class Catalog:
     """Rows of one database, and checkpoint directories below ``root``. A write is durable on return."""
 
     def __init__(self, root: str | Path, url: str | None = None) -> None:
-        """Open or create. ``url``: any SQLAlchemy URL; None means SQLite below ``root``."""
-        self._checkpoints = Path(root).absolute() / "checkpoints"
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        self._engine = _open(url or f"sqlite:///{Path(root).absolute() / 'catalog.sqlite'}")
-        _metadata.create_all(self._engine)
+        """Open or create. ``url``: any SQLAlchemy URL; None means SQLite below ``root``. Raises NotTied if
+        the database and the root do not belong together."""
+        root = Path(root).absolute()
+        self._checkpoints = root / CHECKPOINTS
+        if url is None:
+            root.mkdir(parents=True, exist_ok=True)
+        self._engine = _open(url or f"sqlite:///{root / 'catalog.sqlite'}")
+        try:
+            _metadata.create_all(self._engine)
+            with self._engine.begin() as connection:
+                is_blank = all(
+                    connection.execute(sa.select(t).limit(1)).first() is None for t in _TABLES.values()
+                )
+                # It is also what says which snapshots of samplers are wanted.
+                tie(connection, "catalog", self._checkpoints, is_blank=is_blank, others=[root / STATES])
+        except BaseException:
+            self._engine.dispose()
+            raise
+        self._checkpoints.mkdir(exist_ok=True)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -133,7 +150,7 @@ class Catalog:
     def directory_for(self, run_id: str, kind: str, name: str) -> str:
         """Where that checkpoint lies or would lie: always below root. Raises ValueError if a part cannot
         be a file name."""
-        return str(self._checkpoints.joinpath(_segment(run_id), _segment(kind), _segment(name)))
+        return checkpoint_directory(self._checkpoints.parent, run_id, kind, name)
 
     def copy_directory(self, source: str | Path, target: str | Path) -> int:
         """A second checkpoint of the same files, which are shared on disk where the file system can. Its size
@@ -179,6 +196,9 @@ class Catalog:
             checkpoints.check_sizes(directory)
             size = sum(self.files(directory).values())
         except checkpoints.CheckpointError as error:
+            if not Path(directory).parent.is_dir():  # which nothing here ever removes: the disk is away
+                _log.error("checkpoint %s is not there now, nor is the directory it was in", name)
+                return dataclasses.replace(record, directory=directory)
             _log.error("dropped checkpoint %s from the list: %s", name, error)
             self.delete_checkpoint(record.run_id, record.kind, record.name)
             return None
@@ -187,6 +207,12 @@ class Catalog:
             _log.error("checkpoint %s cannot be read now: %s", name, error)
             return dataclasses.replace(record, directory=directory)
         return dataclasses.replace(record, directory=directory, size_bytes=size)
+
+
+def checkpoint_directory(root: str | Path, run_id: str, kind: str, name: str) -> str:
+    """As ``Catalog.directory_for``, without its database."""
+    parts = (_segment(run_id), _segment(kind), _segment(name))
+    return str((Path(root).absolute() / CHECKPOINTS).joinpath(*parts))
 
 
 def _open(url: str) -> sa.Engine:

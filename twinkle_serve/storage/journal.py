@@ -35,6 +35,8 @@ from twinkle_serve.storage.journal_rows import (
     row_of,
 )
 from twinkle_serve.storage.rescue import rescue
+from twinkle_serve.storage.states import STATES
+from twinkle_serve.storage.tie import tie
 from twinkle_serve.storage.wal import mend
 
 _log = logging.getLogger(__name__)
@@ -55,17 +57,28 @@ class Journal:
     event loop only; each future is resolved once its transaction is on disk, in the order of the calls."""
 
     def __init__(self, root: str | Path, url: str | None = None, sync: str = "FULL") -> None:
-        """``url``: any SQLAlchemy URL; None means SQLite below ``root``. ``sync``: SQLite's synchronous."""
-        Path(root).mkdir(parents=True, exist_ok=True)
+        """``url``: any SQLAlchemy URL; None means SQLite below ``root``. ``sync``: SQLite's synchronous.
+        Raises NotTied if the database and the root do not belong together."""
+        if url is None:
+            Path(root).mkdir(parents=True, exist_ok=True)
         path = Path(root).absolute() / "journal.sqlite"
-        if url is None and (problem := mend(path)):
-            _log.error("%s: %s; everything before it is kept", path, problem)
-        if url is None and (problem := rescue(path)):
-            _log.error("%s is damaged: %s; the damaged file is kept beside it", path, problem)
+        torn = mend(path) if url is None else None
+        if torn:
+            _log.error("%s: %s; everything before it is kept", path, torn)
+        damage = rescue(path) if url is None else None
+        if damage:
+            _log.error("%s is damaged: %s; the damaged file is kept beside it", path, damage)
         self._engine = _open(url or f"sqlite:///{path}", sync)
-        METADATA.create_all(self._engine)
-        with self._engine.begin() as connection:
-            self.epoch = _next_epoch(connection)
+        try:
+            METADATA.create_all(self._engine)
+            with self._engine.begin() as connection:
+                # Before the epoch: whose journal this is must not be fenced if it is somebody else's.
+                is_used = torn or damage or connection.execute(sa.select(EPOCHS)).first() is not None
+                tie(connection, "journal", path.parent / STATES, is_blank=not is_used)
+                self.epoch = _next_epoch(connection)
+        except BaseException:
+            self._engine.dispose()
+            raise
         # Of the payloads of all entries, those included that are still to be written. Changed on the event
         # loop only; what a transaction drops is taken off when it is done.
         self.num_bytes = 0

@@ -13,15 +13,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 from twinkle_serve.storage.checkpoints import STATE_SUFFIX
+from twinkle_serve.storage.tie import ID_FILE
 
 _log = logging.getLogger(__name__)
+STATES = "runs"
 
 
 class StateFiles:
     """Files below ``root/runs``, by plain names."""
 
     def __init__(self, root: str | Path) -> None:
-        self._directory = Path(root).absolute() / "runs"
+        self._directory = Path(root).absolute() / STATES
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def name_for(self, owner: str, detail: str) -> str:
@@ -52,7 +54,7 @@ class StateFiles:
 
     def sweep(self, keep: Collection[str]) -> None:
         """Remove what nobody knows any more, and what a killed writer left; for the start."""
-        wanted = set(keep)
+        wanted = {ID_FILE, *keep}
         for path in self._directory.iterdir():
             if path.name not in wanted:
                 _log.info("removing %s: nothing refers to it", path.name)
