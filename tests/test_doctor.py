@@ -216,6 +216,21 @@ def test_gpus_are_counted_against_ranks(model: Path, monkeypatch: pytest.MonkeyP
     assert "6 ranks" in finding.text
 
 
+def test_models_that_choose_for_themselves_are_counted_too(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "gpu_names", lambda: ["NVIDIA H100, 81559 MiB"])
+    entry = {"name": "tiny", "path": str(model)}
+    assert not [f for f in troubles(make(model, models=[entry])) if f.what == "gpus"]
+    (finding,) = (f for f in troubles(make(model, models=[entry | {"groups": 2}])) if f.what == "gpus")
+    assert "2 ranks are to run on GPUs (models.N.device), but this machine has 1" in finding.text
+    two = [entry, entry | {"name": "other"}]
+    (finding,) = (f for f in troubles(make(model, models=two)) if f.what == "gpus")
+    assert finding.text.startswith("other: too few are left")
+    monkeypatch.setattr(doctor, "gpu_names", list)
+    assert not [f for f in troubles(make(model, models=two)) if f.what == "gpus"]
+
+
 def test_a_hub_model_is_not_fetched(model: Path) -> None:
     config = make(model, models=[{"name": "hub", "path": "ms://owner/model"}])
     (finding,) = (f for f in examine(config) if f.what == "model")

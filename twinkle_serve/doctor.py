@@ -22,6 +22,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from twinkle_serve.cluster.devices import devices
 from twinkle_serve.config import Config, ModelConfig
 
 _MIN_FREE_BYTES = 2**30
@@ -187,11 +188,16 @@ def _devices(config: Config) -> Iterator[Finding]:
     gpus = gpu_names()
     for name in gpus:
         yield Finding("ok", "gpus", name)
-    needed = sum(model.ranks * model.groups for model in config.models if model.device == "cuda")
+    chosen = devices(config.models, len(gpus))
+    needed = sum(model.ranks * model.groups for model in config.models if chosen[model.name] == "cuda")
     if needed > len(gpus):
-        text = f"{needed} ranks have device: cuda, but this machine has {len(gpus)} GPUs"
+        text = f"{needed} ranks are to run on GPUs (models.N.device), but this machine has {len(gpus)}"
         yield Finding("warn", "gpus", f"{text}: the cluster's other nodes must have the rest")
-    elif not gpus:
+    left = [model.name for model in config.models if model.device == "auto" and chosen[model.name] == "cpu"]
+    if gpus and left:
+        text = f"{', '.join(left)}: too few are left by the models before, so this runs on the CPU"
+        yield Finding("warn", "gpus", f"{text}, unless other nodes have some")
+    if not gpus and not needed:
         yield Finding("ok", "gpus", "none; models run on the CPU in float32")
 
 

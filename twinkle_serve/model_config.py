@@ -89,7 +89,11 @@ class ModelConfig(Strict):
     placement: Literal["pack", "spread"] = Field(
         "pack", description="ranks on as few nodes as possible, or on different ones where there are"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="where ranks compute. cuda: a GPU each, waited for; auto: cuda if the cluster has a GPU "
+        "for each rank beside what `device: cuda` and the models before this one take, else cpu",
+    )
     gpu_memory_bytes: int | None = Field(
         None,
         ge=2**20,
@@ -108,7 +112,11 @@ class ModelConfig(Strict):
     logits_chunk_tokens: int = Field(
         256, ge=1, description="rows of logits alive at once; 2048 keeps a large GPU busier"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute each layer again in the backward pass instead of keeping what it computed: less "
+        "memory, about a third more work",
+    )
     kernels: Literal["auto", "loop", "grouped"] = Field(
         "auto", description="LoRA products: one per adapter, or grouped; auto: grouped on GPU if shapes fit"
     )

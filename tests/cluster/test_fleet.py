@@ -156,6 +156,18 @@ async def test_a_model_that_comes_while_others_load_is_not_waited_for() -> None:
     assert fleet.missing == ["b"]
 
 
+def test_two_models_do_not_count_the_same_gpu() -> None:
+    fleet = _fleet(_config({"name": "a", "groups": 2}, {"name": "b"}))
+    assert {name: fleet.device_of(name, 1) for name in fleet.groups} == {
+        "a": "cuda",
+        "a#2": "cuda",
+        "b": "cpu",
+    }
+    fleet.cover(_config({"name": "new"}, {"name": "b"}, {"name": "a", "groups": 3}))
+    assert fleet.device_of("new", 4) == "cpu", "whoever was there first keeps what it has"
+    assert fleet.device_of("new", 5) == "cuda"
+
+
 async def test_a_group_that_only_samples_is_not_enough() -> None:
     fleet = _fleet(_config({"name": "a", "groups": 2, "sampling_groups": 1}), "a")
     with pytest.raises(LoadError, match=r"^cannot load a$"):

@@ -237,7 +237,8 @@ class Coordinator:
 
     def _make_group(self, name: str, model: ModelConfig) -> RayGroup:
         whitelist, monitoring = self._config.losses.whitelist, self._config.monitoring
-        return RayGroup(model, self._engine, whitelist, name, monitoring)
+        device_of = lambda num_gpus: self._fleet.device_of(name, num_gpus)  # noqa: E731
+        return RayGroup(model, self._engine, whitelist, name, monitoring, device_of)
 
     def _grow(self) -> None:
         """Let the other groups serve too, beside those that do."""

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from twinkle_serve.cluster.devices import devices
 from twinkle_serve.cluster.group import LoadError, RayGroup
 from twinkle_serve.config import Config, ModelConfig
 from twinkle_serve.control.groups import group_names, sampling_group_names
@@ -29,13 +30,17 @@ class Fleet:
         self._make = make
         self._grace_s = grace_s
         self._starts: dict[str, asyncio.Task[Any]] = {}  # whose outcome nobody has heard yet
-        self._models: dict[str, ModelConfig] = {}
+        self._models: dict[str, ModelConfig] = {}  # by name of the group
+        self._wanted: dict[
+            str, ModelConfig
+        ] = {}  # by name of the model, what was there first before the rest
         self.groups: dict[str, RayGroup] = {}
         self.cover(config)
 
     def cover(self, config: Config) -> None:
         """Make the groups of ``config`` that are not there yet. They are started by ``start``."""
         for model in config.models:
+            self._wanted[model.name] = model
             for name in group_names(model):
                 if name not in self.groups:
                     self._models[name] = model
@@ -43,6 +48,10 @@ class Fleet:
 
     def model_of(self, name: str) -> ModelConfig:
         return self._models[name]
+
+    def device_of(self, name: str, num_gpus: int) -> str:
+        """Of a group, in a cluster with so many GPUs for all groups together."""
+        return devices(self._wanted.values(), num_gpus)[self._models[name].name]
 
     @property
     def started(self) -> dict[str, RayGroup]:

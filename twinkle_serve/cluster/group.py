@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from twinkle_serve.cluster.devices import devices
 from twinkle_serve.cluster.objects import brought_here
 from twinkle_serve.cluster.watch import until_stalled
 from twinkle_serve.cluster.worker import CONCURRENCY, NextItem, RankWorker, is_short
@@ -73,13 +74,16 @@ class RayGroup:
         losses: Sequence[WhitelistedLoss] = (),
         name: str | None = None,
         monitoring: MonitoringConfig | None = None,
+        device_of: Callable[[int], str] | None = None,
     ) -> None:
         """losses: those that each rank loads before the model. name: of the group, if its model has more.
-        monitoring: how ranks log."""
+        monitoring: how ranks log. device_of: on what to compute if the cluster has so many GPUs, where other
+        groups need some too."""
         self._config = config
         self._monitoring = monitoring or MonitoringConfig()
         self._name = name or config.name
         self._losses = losses
+        self._device_of = device_of or (lambda num_gpus: devices([config], num_gpus)[config.name])
         self._engine = engine
         self._workers: list[Any] = []
         self._placement: PlacementGroup | None = None
@@ -120,7 +124,7 @@ class RayGroup:
         return self._info
 
     async def _start(self) -> ModelInfo:
-        device, resources = _device(self._config)
+        device, resources = self._device()
         config = self._config.model_copy(update={"device": device})
         self._placement = placement_group([resources] * config.ranks, strategy=config.placement.upper())
         await self._placement.ready()
@@ -145,6 +149,17 @@ class RayGroup:
         node_id = await self._workers[0].node.remote()
         self._speaker_is_away = node_id != ray.get_runtime_context().get_node_id()
         return infos[0]
+
+    def _device(self) -> tuple[str, dict[str, float]]:
+        """And what each rank asks Ray for."""
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        device = self._device_of(num_gpus)
+        if device == "cuda":
+            return device, {"GPU": 1}
+        if num_gpus and self._config.device == "auto":
+            why = "%s runs on the CPU: %d GPUs are too few for its ranks and the models before it"
+            _log.warning(why, self._name, num_gpus)
+        return device, {"CPU": _CPU_SHARE}
 
     async def rebuild(self) -> ModelInfo:
         """Replace every rank by a new one; all slots are empty afterwards. Raises LoadError."""
@@ -260,13 +275,6 @@ class RayGroup:
             _log.error("rank %d of %s is lost: %s", rank, self._name, error)
             reason = _reason(error)
             items.put_nowait(_Lost(f"rank {rank} of {self._name}: {reason}", _is_echo(error)))
-
-
-def _device(config: ModelConfig) -> tuple[str, dict[str, float]]:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if ray.cluster_resources().get("GPU", 0) >= config.ranks else "cpu"
-    return device, {"GPU": 1} if device == "cuda" else {"CPU": _CPU_SHARE}
 
 
 def _is_echo(error: RayError) -> bool:
