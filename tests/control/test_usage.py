@@ -8,11 +8,14 @@ import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.memory_catalog import MemoryCatalog
-from tests.control.plane import TENANT, Client, control_plane, make_config
+from tests.control.plane import TENANT, Client, control_plane, make_config, prompt
 from tests.control.virtual_time import EPOCH, VirtualClock, virtual
+from twinkle_serve.config import TenantLimits
 from twinkle_serve.control.backend import SaveCommand
 from twinkle_serve.control.service import ControlPlane
-from twinkle_serve.storage.ledger import Ledger
+from twinkle_serve.control.usage import MAX_SHOWN
+from twinkle_serve.protocol.data import SampleDelta
+from twinkle_serve.storage.ledger import Event, Ledger
 
 
 @virtual
@@ -66,6 +69,38 @@ async def test_a_bill_names_base_models_not_their_groups(tmp_path: Path) -> None
 
 
 @virtual
+async def test_a_sample_that_is_cancelled_or_left_counts_as_far_as_it_came(tmp_path: Path) -> None:
+    config, ledger = make_config(), Ledger(tmp_path)
+    tenant = TenantLimits(tokens_per_s=1.0, token_burst_s=60.0)
+    config = config.model_copy(update={"limits": config.limits.model_copy(update={"tenant": tenant})})
+    async with control_plane(tmp_path, config=config, ledger=ledger) as plane:
+        request = await plane.sample_model(TENANT, "base", None, prompt(10_000), True)
+        deltas: list[SampleDelta] = []
+        while (seen := sum(len(delta.tokens) for delta in deltas)) < 100:
+            deltas += (await plane.follow(TENANT, request, len(deltas), 30)).value
+        await plane.cancel(TENANT, request)
+        await asyncio.sleep(1)
+        waits = await plane.sample_model(TENANT, "base", None, prompt(1), False)
+        poll = await plane.poll(TENANT, waits, 2)
+        assert (poll.state, poll.queue_state) == ("pending", "paused_rate_limit")
+        await plane.cancel(TENANT, waits)
+        client = await Client(plane).open()
+        sampler = await plane.create_sampler(TENANT, client.session, 0, "base", None)
+        await asyncio.sleep(300)
+        await client.sample(sampler, 1, max_tokens=100_000)
+        await asyncio.sleep(300)
+        bill = await plane.bill(TENANT, EPOCH - 7200, EPOCH + 7200)
+        amounts = {(b["event_info"]["type"], b.get("session_id", "")): b["event_info"] for b in bill["data"]}
+        drawn = amounts["sampling_sample", ""]["token_count"]
+        assert seen <= drawn < seen + 100
+        left = amounts["sampling_sample", client.session]["token_count"]
+        assert 100 / 0.01 < left < 140 / 0.01, "until nobody had asked for it for long enough"
+        assert amounts["sampling_prefill", ""]["token_count"] == 2, "the one that waited was not read"
+        assert plane.watch._cancelled == {}
+    ledger.close()
+
+
+@virtual
 async def test_what_was_counted_outlives_the_server(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     async with control_plane(tmp_path, ledger=ledger) as plane:
@@ -98,7 +133,8 @@ async def test_an_audit_log_that_cannot_be_written_holds_up_nothing_and_lacks_no
             assert "manifest.json" in await plane.checkpoint_files(TENANT, path)
             await plane.publish_checkpoint(TENANT, path, True)
             await plane.delete_checkpoint(TENANT, path)
-            assert await events(plane) == []
+            await asyncio.sleep(10)
+            assert ledger.events(TENANT, 0, 1e12) == []
         assert "No space left" in caplog.text
         await asyncio.sleep(120)
         happened = ["created", "read", "published", "deleted"]
@@ -116,4 +152,38 @@ async def test_events_that_could_not_be_written_are_at_the_end_of_a_life(tmp_pat
         with patch.object(ledger, "note", full):
             await client.do(await client.create(), 1, SaveCommand("weights", "n"))
     assert [event.event for event in ledger.events(TENANT, 0, 1e12)] == ["checkpoint_created"]
+    ledger.close()
+
+
+@virtual
+async def test_reading_writes_nothing_but_a_line_an_hour_with_the_next_sweep(tmp_path: Path) -> None:
+    ledger, group = Ledger(tmp_path), EchoGroup()
+    group.on_disk = True
+    async with control_plane(tmp_path, group, ledger=ledger) as plane:
+        client = await Client(plane).open()
+        path = (await client.do(await client.create(), 1, SaveCommand("weights", "n")))["path"]
+        await plane.publish_checkpoint(TENANT, path, True)
+        await asyncio.sleep(10)
+        with patch.object(ledger, "note", full), patch.object(ledger, "add", full):
+            for number in range(1000):
+                await plane.checkpoint_files(f"stranger {number % 7}", path)
+                await plane.checkpoint_files(TENANT, path)
+            assert (await events(plane))[2:] == ["checkpoint_read"] * 2
+            assert (await plane.bill(TENANT, EPOCH - 7200, EPOCH + 7200))["data"], "what is not written too"
+        await asyncio.sleep(10)
+        assert len(ledger.events(TENANT, 0, 1e12)) == 4
+        await asyncio.sleep(7200)
+        await plane.checkpoint_files("stranger 1", path)
+        assert len(plane._books.usage._unnoted) == 1
+    ledger.close()
+
+
+@virtual
+async def test_of_a_flood_of_events_the_newest_are_shown(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.note((TENANT, Event(EPOCH + at / 1e3, "checkpoint_read")) for at in range(MAX_SHOWN + 5))
+    async with control_plane(tmp_path, ledger=ledger) as plane:
+        found = await plane.audit(TENANT, None, "checkpoint_read")
+        assert len(found) == MAX_SHOWN
+        assert await plane.audit(TENANT, None, "checkpoint_created") == []
     ledger.close()

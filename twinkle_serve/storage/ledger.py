@@ -7,7 +7,7 @@ or so, and for rare events; losing the last minute in a power cut loses nothing 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,10 @@ _events = sa.Table(
 )
 
 
+# By these old rows are found; an older ledger gets them when it is opened.
+_INDEXES = (sa.Index("ix_usage_hour", _usage.c.hour), sa.Index("ix_events_at", _events.c.at))
+
+
 class UsageKey(NamedTuple):
     """One line of a bill. hour: its beginning. session_id: "" where no session is meant."""
 
@@ -60,6 +64,8 @@ class Ledger:
         self._engine = sa.create_engine(f"sqlite:///{Path(root) / 'ledger.sqlite'}")
         with self._engine.begin() as connection:
             _metadata.create_all(connection)
+            for index in _INDEXES:
+                index.create(connection, checkfirst=True)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -82,24 +88,28 @@ class Ledger:
             rows = connection.execute(query.order_by(_usage.c.hour, _usage.c.amount.desc()))
             return [(UsageKey(*row[:-1]), row[-1]) for row in rows]
 
-    def note(self, tenant: str, event: Event) -> None:
-        values = {
-            "tenant": tenant,
-            "at": event.at,
-            "event": event.event,
-            "details": json.dumps(event.details),
-        }
-        with self._engine.begin() as connection:
-            connection.execute(_events.insert().values(values))
+    def note(self, events: Iterable[tuple[str, Event]]) -> None:
+        """Each with its tenant; all or none."""
+        rows = [
+            {"tenant": tenant, "at": event.at, "event": event.event, "details": json.dumps(event.details)}
+            for tenant, event in events
+        ]
+        if rows:
+            with self._engine.begin() as connection:
+                connection.execute(_events.insert(), rows)
 
-    def events(self, tenant: str, since: float, until: float) -> list[Event]:
-        """Of the tenant, in [since, until), the oldest first."""
+    def events(
+        self, tenant: str, since: float, until: float, event: str | None = None, limit: int | None = None
+    ) -> list[Event]:
+        """Of the tenant, in [since, until), the oldest first; the last ``limit`` only. event: None: all."""
         query = sa.select(_events.c.at, _events.c.event, _events.c.details).where(
             _events.c.tenant == tenant, _events.c.at >= since, _events.c.at < until
         )
+        if event is not None:
+            query = query.where(_events.c.event == event)
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(_events.c.number))
-            return [Event(at, event, json.loads(details)) for at, event, details in rows]
+            rows = connection.execute(query.order_by(_events.c.number.desc()).limit(limit)).all()
+        return [Event(at, name, json.loads(details)) for at, name, details in reversed(rows)]
 
     def forget(self, before: float) -> None:
         """Drop what is older."""
