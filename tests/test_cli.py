@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
-from twinkle_serve.cli import _url, main
+from twinkle_serve.cli import main
 from twinkle_serve.cluster.private_ray import descendants
 from twinkle_serve.config import load_config
 from twinkle_serve.testing.server import RunningServer, free_port, running_server
+from twinkle_serve.up import url_of
 
 COMMAND = str(Path(sys.executable).parent / "twinkle-serve")
 
@@ -57,7 +58,7 @@ def test_check_config_says_what_is_served(config: Path, capsys: pytest.CaptureFi
 )
 def test_clients_are_told_an_address_that_they_can_use(config: Path, host: str, shown: str) -> None:
     loaded = load_config(config, [f"http.host='{host}'", "auth.allow_public=true"])
-    assert _url(loaded) == f"http://{shown}:8000"
+    assert url_of(loaded) == f"http://{shown}:8000"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,10 @@ def test_clients_are_told_an_address_that_they_can_use(config: Path, host: str, 
             "http.host=0.0.0.0",
             "auth.mode open lets anybody in, so http.host 0.0.0.0 must be a loopback address",
         ),
+        ("http.route_prefix=/x/", "http.route_prefix: String should match pattern"),
+        ("http.route_prefix='/{a}'", "http.route_prefix: String should match pattern"),
+        ("storage.root=~nosuch/x", "Could not determine home directory"),
+        ("models.0.path=~nosuch/x", "Could not determine home directory"),
         ("nonsense", "--set 'nonsense': expected dotted.key=value"),
         ("http.port=[", "--set 'http.port=[': the value is not YAML; quote it"),
         ("models.0.name=@x", "--set 'models.0.name=@x': the value is not YAML; quote it"),
@@ -254,9 +259,9 @@ def test_up_fails_with_one_line_when_the_port_is_taken(config: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ("storage.root={}", "storage.root: cannot write in {}: Not a directory"),
-        ("monitoring.log_file={}/log", "monitoring.log_file: cannot write {}/log: Not a directory"),
-        ("monitoring.log_file=/", "monitoring.log_file: cannot write /: Is a directory"),
+        ("storage.root={}", "storage.root {} cannot be written: Not a directory"),
+        ("monitoring.log_file={}/log", "monitoring.log_file {}/log cannot be written: Not a directory"),
+        ("monitoring.log_file=/", "monitoring.log_file / cannot be written: Is a directory"),
     ],
 )
 def test_up_fails_with_one_line_where_it_cannot_write(
@@ -266,6 +271,21 @@ def test_up_fails_with_one_line_where_it_cannot_write(
     below.parent.touch()
     done = _up(config, f"http.port={free_port()}", setting.format(below))
     assert _reason(done) == f"twinkle-serve: {reason.format(below)}"
+
+
+def test_up_fails_with_one_line_without_haproxy(config: Path) -> None:
+    """As where pip has put scripts elsewhere than beside this Python."""
+    program = (
+        "import sys; from twinkle_serve.cluster import haproxy; haproxy.sys.executable = '/nowhere/python'; "
+        "from twinkle_serve.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    settings = ("--set", "http.proxy=haproxy", "--set", f"http.port={free_port()}")
+    command = [sys.executable, "-c", program, "up", str(config), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert (
+        _reason(done) == "twinkle-serve: /nowhere/twinkle-haproxy is not there: install this package with pip"
+    )
 
 
 @pytest.mark.slow

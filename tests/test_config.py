@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from twinkle_serve.config import Config, load_config
 
@@ -132,3 +133,19 @@ def test_one_group_at_least_must_train() -> None:
     assert Config.model_validate({"models": [model | {"sampling_groups": 1}]}).models[0].sampling_groups == 1
     with pytest.raises(ValidationError, match="sampling_groups 2 must be below groups 2"):
         Config.model_validate({"models": [model | {"sampling_groups": 2}]})
+
+
+def test_every_key_is_described() -> None:
+    def bare(model: type[BaseModel], where: str) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            inner = [
+                kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)
+            ]
+            models = [kind for kind in inner if issubclass(kind, BaseModel)]
+            found += [key for kind in models for key in bare(kind, f"{where}{name}.")]
+            if not models and not field.description:
+                found.append(where + name)
+        return found
+
+    assert bare(Config, "") == []

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import struct
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -251,3 +252,43 @@ def test_the_command_prints_all_and_fails_if_something_is_bad(
     printed = capsys.readouterr()
     assert "bad  model" in printed.out
     assert printed.err == "twinkle-serve: 1 problem; the service would not start\n"
+
+
+def test_a_log_file_that_cannot_be_written_is_found(model: Path) -> None:
+    (finding,) = troubles(make(model, monitoring={"log_file": str(model / "config.json" / "log")}))
+    assert finding.text.endswith("config.json/log cannot be written: Not a directory")
+    assert troubles(make(model, monitoring={"log_file": str(model / "new" / "log")})) == []
+
+
+def test_haproxy_is_looked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    config = make(model, http={"proxy": "haproxy", "port": 1 + 2**15})
+    (finding,) = (f for f in troubles(config) if f.what == "proxy")
+    assert "/nowhere/twinkle-haproxy is not there" in finding.text
+
+
+def test_places_that_may_not_be_looked_at_are_findings(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user who has no rights on a directory above them; whoever runs the tests may have all."""
+    closed = model.parent / "closed"
+    closed.mkdir()
+    stat, opened = Path.stat, tempfile.TemporaryFile
+
+    def refused(path: Path, **options: Any) -> Any:
+        if closed in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    def unwritable(*, dir: Path) -> Any:
+        if dir == closed:
+            raise PermissionError(13, "Permission denied", str(dir))
+        return opened(dir=dir)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr(tempfile, "TemporaryFile", unwritable)
+    entry = {"name": "tiny", "path": str(closed / "model"), "page_dir": str(closed / "pages")}
+    findings = troubles(make(model, models=[entry], storage={"root": str(closed / "deep" / "data")}))
+    bad = [finding.text for finding in findings if finding.level == "bad"]
+    assert bad == [
+        f"storage.root {closed}/deep/data cannot be written: Permission denied",
+        f"tiny: {closed}/model cannot be read: Permission denied",
+    ]

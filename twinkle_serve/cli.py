@@ -1,25 +1,18 @@
-"""The ``twinkle-serve`` command: check a configuration, and run the service in the foreground.
+"""The ``twinkle-serve`` command, all of whose subcommands begin with a configuration.
 
-Knows arguments, exit codes and what is printed. Does not know how the service works. Imports ray only where
-a command needs it.
+Knows arguments, exit codes and what is printed. Does not know how the service works or is started (up.py).
+Imports ray and torch only where a command needs them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import signal
-import socket
 import sys
-import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -27,16 +20,11 @@ from pydantic import ValidationError
 from twinkle_serve import __version__
 from twinkle_serve.config import Config, load_config
 from twinkle_serve.serve_file import to_serve_file
-
-STOP_S = 25.0
+from twinkle_serve.up import UpError, in_url, serve_until_stopped
 
 
 class CommandError(Exception):
     """Ends the command with its message, one line on stderr, and exit code 1."""
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C arrived."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +43,7 @@ def _load(options: argparse.Namespace) -> Config:
         return load_config(options.config, options.set)
     except ValidationError as error:
         raise CommandError("; ".join(_problem(detail) for detail in error.errors())) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last: ~user without such a user
         raise CommandError(str(error)) from None
 
 
@@ -97,10 +85,20 @@ def _problem(detail: Any) -> str:
     return f"{where}: {what}" if where else what
 
 
+def up(config: Config, options: argparse.Namespace) -> None:
+    """Serve until a signal comes."""
+    from twinkle_serve.cluster.haproxy import NoHaproxy
+
+    try:
+        serve_until_stopped(config)
+    except (UpError, NoHaproxy) as error:
+        raise CommandError(str(error)) from None
+
+
 def check_config(config: Config, options: argparse.Namespace) -> None:
     """Print one line; load_config has done the work."""
     names = ", ".join(model.name for model in config.models)
-    print(f"{options.config}: fine; serves {names} at http://{_in_url(config.http.host)}:{config.http.port}")
+    print(f"{options.config}: fine; serves {names} at http://{in_url(config.http.host)}:{config.http.port}")
 
 
 def plan(config: Config, options: argparse.Namespace) -> None:
@@ -197,165 +195,3 @@ def losses_command(config: Config, options: argparse.Namespace) -> None:
             loss_commands.add_loss(config, options.config, options.path, options.revision)
     except (LossSourceError, OSError) as error:
         raise CommandError(str(error)) from None
-
-
-# up -----------------------------------------------------------------------------------------------------
-
-
-def up(config: Config, options: argparse.Namespace) -> None:
-    """Serve until a signal comes. Only the ``ready`` line goes to stdout, everything else to stderr."""
-    ready = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    stop, with_haproxy = _Stop(), config.http.proxy == "haproxy"
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
-        _require_free(config.http.host, config.http.port)
-        _require_writable(config)
-        # Imported late: `check-config` must not wait for ray, whose switches are read when it is imported.
-        from twinkle_serve.cluster.private_ray import private_ray
-
-        _say("starting Ray ...")
-        with private_ray(config.ray, "twinkle-serve", stop.tell, with_haproxy):
-            try:
-                _start(config)
-                print(f"ready {_url(config)}", file=ready, flush=True)
-                threading.Event().wait()
-            finally:
-                _limit_stopping()
-                _shut_down()
-    except Stopped:
-        _say("stopped")
-
-
-class _Stop:
-    """What SIGTERM and Ctrl-C do."""
-
-    def __init__(self) -> None:
-        self._is_told = False
-
-    def __call__(self, number: int, _: Any) -> NoReturn:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        self.tell(number)
-        raise Stopped
-
-    def tell(self, number: int) -> None:
-        """The time to stop counts from the first signal, also where it cannot be followed yet."""
-        if not self._is_told:
-            self._is_told = True
-            _say(f"stopping on {signal.Signals(number).name} ...")
-            _limit_stopping()
-
-
-def _start(config: Config) -> None:
-    import logging
-
-    import ray
-    from ray import serve
-
-    from twinkle_serve.app import build_app
-    from twinkle_serve.cluster import coordinator
-    from twinkle_serve.cluster.deployment import Deployment
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # First of all, so that the model loads while Serve starts.
-    handle = coordinator.find_or_create(Deployment(config))
-    handle.ping.remote()
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.http.host, "port": config.http.port})
-    serve.run(build_app(config), name="twinkle", route_prefix=config.http.route_prefix)
-    node = ray.nodes()[0]
-    _say(f"metrics at http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
-    told = ""
-    while True:
-        status = ray.get(handle.ping.remote())
-        if status.message != told:
-            told = status.message
-            _say(told)
-        if status.state == "failed":
-            raise CommandError(status.message)
-        if status.state == "ready" and _healthy(config):
-            return
-        time.sleep(0.1)
-
-
-def _shut_down() -> None:
-    import ray
-    from ray import serve
-
-    from twinkle_serve.cluster import coordinator
-
-    serve.shutdown()
-    try:
-        handle = coordinator.find()
-        ray.get(handle.stop.remote(), timeout=10)
-    except (ValueError, ray.exceptions.RayError) as error:
-        _say(f"the coordinator did not stop in order: {error}")
-
-
-def _limit_stopping() -> None:
-    """Whatever hangs while stopping, leave no process behind and end in time."""
-
-    def end() -> None:
-        from twinkle_serve.cluster.private_ray import descendants
-
-        _say("stopping takes too long: killing what is left")
-        for pid in descendants(os.getpid()):
-            os.kill(pid, signal.SIGKILL)
-        os._exit(1)
-
-    timer = threading.Timer(STOP_S, end)
-    timer.daemon = True
-    timer.start()
-
-
-def _require_free(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise CommandError(f"http.port {port} on {host} cannot be used: {error.strerror}") from None
-
-
-def _require_writable(config: Config) -> None:
-    """Every process writes there, and would fail in its own words, long after this."""
-    root, log_file = config.storage.root, config.monitoring.log_file
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise CommandError(f"storage.root: cannot write in {root}: {error.strerror}") from None
-    if log_file is None:
-        return
-    try:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        log_file.open("ab").close()  # its directory need not be ours
-    except OSError as error:
-        raise CommandError(f"monitoring.log_file: cannot write {log_file}: {error.strerror}") from None
-
-
-def _url(config: Config) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
-    return f"http://{_in_url(host)}:{config.http.port}{config.http.route_prefix.rstrip('/')}"
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _healthy(config: Config) -> bool:
-    try:
-        # A proxy set in the environment is for the world outside.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{_url(config)}/api/v1/healthz", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _say(text: str) -> None:
-    print(f"[twinkle-serve] {text}", file=sys.stderr, flush=True)

@@ -28,7 +28,11 @@ class HttpConfig(Strict):
         description="who takes requests in when `up` starts Ray: Serve's own proxy, or HAProxy, with a third "
         "less CPU a request; a Ray that runs already is told by its environment (docs/operations.md)",
     )
-    route_prefix: str = Field("/", pattern=r"^/", description="everything is served below this path")
+    route_prefix: str = Field(
+        "/",
+        pattern=r"^/$|^(/[^/{}\s]+)+$",
+        description="everything is served below this path; it does not end in a slash",
+    )
     public_url: str | None = Field(
         None, description="base of download links; null: taken from the request's Host header"
     )
@@ -54,8 +58,8 @@ class ModelScopeConfig(Strict):
     grace_s: float = Field(
         3600.0,
         ge=0,
-        description="how long one is still believed while ModelScope is away, seconds; requests then wait for "
-        "it 2 s, once in 15 s a token",
+        description="how long one is still believed while ModelScope is away, seconds; requests then wait "
+        "for it 2 s, once in 15 s a token",
     )
     push_published: bool = Field(
         True, description="publishing a checkpoint also pushes its adapter to a repository of its owner"
@@ -179,8 +183,8 @@ class LimitsConfig(Strict):
     parked_bytes_per_run: int = Field(
         2**30, ge=2**20, description="training data that may wait for an earlier request of its run, bytes"
     )
-    max_datums_per_request: int = Field(65_536, ge=1)
-    max_num_samples: int = Field(256, ge=1)
+    max_datums_per_request: int = Field(65_536, ge=1, description="datums of one forward or backward pass")
+    max_num_samples: int = Field(256, ge=1, description="num_samples of one request")
     sampler_snapshots_per_run: int = Field(4, ge=1, description="newest ephemeral snapshots kept per run")
     tenant: TenantLimits = TenantLimits()
     tenants: dict[str, TenantLimits] = Field(
@@ -206,7 +210,7 @@ class LimitsConfig(Strict):
 
 class RayConfig(Strict):
     dashboard: bool = Field(False, description="start Ray's dashboard with `up`")
-    dashboard_port: int = Field(8265, ge=1, le=65535)
+    dashboard_port: int = Field(8265, ge=1, le=65535, description="its TCP port, on the loopback address")
     metrics_port: int | None = Field(
         None, ge=1, le=65535, description="with `up`: port of the Prometheus metrics; null: a free one"
     )

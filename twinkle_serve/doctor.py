@@ -23,6 +23,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from twinkle_serve.cluster.devices import devices
+from twinkle_serve.cluster.haproxy import NoHaproxy, environment
 from twinkle_serve.config import Config, ModelConfig
 
 _MIN_FREE_BYTES = 2**30
@@ -49,7 +50,9 @@ def examine(config: Config) -> Iterator[Finding]:
         _python,
         _packages,
         _ports,
+        _proxy,
         _disk,
+        _log_file,
         _pages,
         _databases,
         _machine,
@@ -58,6 +61,13 @@ def examine(config: Config) -> Iterator[Finding]:
     )
     for check in checks:
         yield from check(config)
+
+
+def before_start(config: Config) -> Iterator[Finding]:
+    """What would fail at once, and costs nothing to look at."""
+    yield _port("http.port", config.http.host, config.http.port)
+    yield _writable("storage.root", config.storage.root)
+    yield from _log_file(config)
 
 
 def _python(config: Config) -> Iterator[Finding]:
@@ -107,16 +117,44 @@ def _port(name: str, host: str, port: int) -> Finding:
     return Finding("ok", "ports", f"{name} {port} on {host} is free")
 
 
-def _disk(config: Config) -> Iterator[Finding]:
-    root = config.storage.root
-    existing = _existing(root)
+def _proxy(config: Config) -> Iterator[Finding]:
+    if config.http.proxy == "haproxy":
+        try:
+            environment(Path(tempfile.gettempdir()))
+        except NoHaproxy as error:
+            yield Finding("bad", "proxy", str(error))
+
+
+def _writable(name: str, directory: Path) -> Finding:
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=_existing(directory)):
             pass
     except OSError as error:
-        yield Finding("bad", "disk", f"storage.root {root} cannot be written: {error.strerror}")
+        return Finding("bad", "disk", f"{name} {directory} cannot be written: {error.strerror}")
+    return Finding("ok", "disk", f"{name} {directory} can be written")
+
+
+def _log_file(config: Config) -> Iterator[Finding]:
+    file = config.monitoring.log_file
+    if file is None:
         return
-    free = shutil.disk_usage(existing).free
+    finding = _writable("monitoring.log_file", file)
+    try:
+        if file.exists():
+            file.open("ab").close()  # its directory need not be ours
+            finding = Finding("ok", "disk", f"monitoring.log_file {file} can be written")
+    except OSError as error:
+        finding = Finding("bad", "disk", f"monitoring.log_file {file} cannot be written: {error.strerror}")
+    yield finding
+
+
+def _disk(config: Config) -> Iterator[Finding]:
+    root = config.storage.root
+    finding = _writable("storage.root", root)
+    if finding.level == "bad":
+        yield finding
+        return
+    free = shutil.disk_usage(_existing(root)).free
     wanted = config.storage.journal_max_bytes
     text = f"{_gb(free)} free below storage.root {root}"
     if free < _MIN_FREE_BYTES:
@@ -128,8 +166,15 @@ def _disk(config: Config) -> Iterator[Finding]:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there."""
-    return next(parent for parent in [path, *path.parents] if parent.exists())
+    """The path, or the nearest directory above it that is there and may be looked at."""
+
+    def is_there(place: Path) -> bool:
+        try:
+            return place.exists()
+        except OSError:
+            return False
+
+    return next(place for place in [path, *path.parents] if is_there(place))
 
 
 def _pages(config: Config) -> Iterator[Finding]:
@@ -218,7 +263,11 @@ def _models(config: Config) -> Iterator[Finding]:
             missing = util.find_spec("modelscope") is None
             yield Finding("bad" if missing else "ok", "model", text)
         else:
-            yield from _model(model, Path(model.path))
+            try:
+                yield from _model(model, Path(model.path))
+            except OSError as error:
+                text = f"{model.name}: {error.filename or model.path} cannot be read: {error.strerror}"
+                yield Finding("bad", "model", text)
 
 
 def _model(model: ModelConfig, directory: Path) -> Iterator[Finding]:

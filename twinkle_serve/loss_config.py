@@ -20,7 +20,7 @@ class LossTerms(Strict):
     """What a loss is called and reads: the ``loss.json`` beside its ``loss.py``."""
 
     name: _Name = Field(description="what clients pass as loss_fn")
-    description: str = Field("", max_length=500)
+    description: str = Field("", max_length=500, description="what it is, for people who choose one")
     inputs: list[_Name] = Field(default_factory=list, description="loss_fn_inputs besides target_tokens")
     optional: list[_Name] = Field(default_factory=list, description="loss_fn_inputs that may be left out")
     settings: dict[_Name, float] = Field(
