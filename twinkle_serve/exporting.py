@@ -7,7 +7,9 @@ asks nobody who owns what.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from twinkle_serve.config import Config
 from twinkle_serve.protocol.paths import parse_path
@@ -23,17 +25,27 @@ def export(config: Config, path: str, output: Path, merged: bool) -> str:
     from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
     from twinkle_serve.engine.merge import merge_adapter
 
-    directory = _directory(config, path)
-    manifest = checkpoints.verify(directory)
-    if manifest.get("layout") == "tinker":
-        raise ValueError(f"{path} is an export for other tools; export what it was made from")
-    if merged:
-        base = _base_model(config, manifest["base_model"])
-        changed = merge_adapter(base, directory, output)
-        return f"{output}: {manifest['base_model']} with {changed} tensors changed by {path}"
-    output.mkdir(parents=True)
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(Path(directory) / name, output / name)
+    directory = Path(_directory(config, path))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
+        # A server may be overwriting the checkpoint, and merging takes long.
+        adapter = Path(scratch)
+
+        def bring(manifest: dict[str, Any]) -> dict[str, Any]:
+            if manifest.get("layout") == "tinker":
+                raise ValueError(f"{path} is an export for other tools; export what it was made from")
+            for name in (CONFIG, WEIGHTS):
+                shutil.copyfile(directory / name, adapter / name)
+            return manifest
+
+        manifest = checkpoints.read_whole(directory, bring)
+        if merged:
+            base = _base_model(config, manifest["base_model"])
+            changed = merge_adapter(base, adapter, output)
+            return f"{output}: {manifest['base_model']} with {changed} tensors changed by {path}"
+        output.mkdir()
+        for name in (CONFIG, WEIGHTS):
+            (adapter / name).rename(output / name)
     return f"{output}: the adapter of {path}, for PEFT"
 
 

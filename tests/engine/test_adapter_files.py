@@ -27,8 +27,11 @@ from tests.engine.ticks import (
     tensors,
     value,
 )
+from twinkle_serve.engine import adapter_files
 from twinkle_serve.engine.adapter_files import encrypted, load_adapter, save_adapter
 from twinkle_serve.engine.engine import Engine
+from twinkle_serve.engine.merge import merge_adapter
+from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.protocol.data import AdamParams, LoraSpec
 from twinkle_serve.protocol.work import LoadAdapter, Outcome, SaveAdapter
 from twinkle_serve.storage.checkpoints import CheckpointDamagedError, CheckpointMissingError
@@ -102,6 +105,38 @@ def test_peft_reproduces_our_logprobs(
         untouched = reference.target_logprobs(reference.plain(reference.load_model(family)), batch)
     np.testing.assert_allclose(ours, torch.cat(theirs), atol=1e-4, rtol=0)
     assert float(np.abs(ours - torch.cat(untouched).numpy()).max()) > 0.01
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_attn": False, "train_unembed": False}], ids=["all", "mlp"])
+def test_adapters_of_every_mixture_are_the_same_in_peft_here_again_and_merged(
+    flags: dict[str, bool], mixture: Path, engine_for: EngineFactory, tmp_path: Path
+) -> None:
+    engine = engine_for(mixture)
+    create(engine, 0, LoraSpec(rank=6, seed=1, **flags), moved=True)
+    train(engine, 0, 2, seed=1)
+    save(engine, 0, tmp_path / "adapter")
+    batch = random_batch(np.random.default_rng(2), [9, 4])
+    ours = forward_backward(engine, 0, batch, backward=False).logprobs.values
+    merge_adapter(mixture, tmp_path / "adapter", tmp_path / "merged")
+    theirs = {
+        "peft": logprobs_of(peft_model(mixture, tmp_path / "adapter"), batch),
+        "merged": logprobs_of(reference.load_model(tmp_path / "merged"), batch),
+    }
+    for found in theirs.values():
+        np.testing.assert_allclose(ours, found, atol=1e-4, rtol=0)
+    untouched = logprobs_of(reference.load_model(mixture), batch)
+    assert float(np.abs(ours - untouched).max()) > 0.01
+
+    create(engine, 1, LoraSpec(rank=6, seed=2, **flags))
+    value(load(engine, 1, tmp_path / "adapter", optimizer=True))
+    for mine, again in zip(engine.pool.blocks(0), engine.pool.blocks(1), strict=True):
+        assert torch.equal(mine, again)
+
+
+def logprobs_of(model: torch.nn.Module, batch: Any) -> np.ndarray:
+    with torch.no_grad():
+        found = reference.target_logprobs(lambda tokens: model(tokens[None]).logits[0], batch)
+    return np.asarray(torch.cat(found))
 
 
 @pytest.mark.parametrize("model", ["tiny_qwen3", "tiny_llama"])
@@ -335,3 +370,39 @@ def test_a_save_that_fails_is_a_server_error(moe: Engine, tmp_path: Path) -> Non
     assert failure is not None
     assert failure.category == "server"
     assert str(tmp_path) not in failure.message
+
+
+def test_a_checkpoint_that_is_overwritten_while_it_is_loaded_comes_from_one_save(
+    moe: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, spec, directory = moe.base.layout, LoraSpec(4), str(tmp_path / "x")
+
+    def written(value: float) -> None:
+        block = torch.full((spec.rank, layout.row_size), value)
+        state = AdapterState(spec, block, exp_avg=block.clone(), exp_avg_sq=block.clone(), step=int(value))
+        save_adapter(directory, state, layout, "base", {})
+
+    written(1.0)
+    reads: list[Path] = []
+
+    def load_file_and_overwrite(path: Path) -> Any:
+        reads.append(path)
+        found = load_file(path)
+        if len(reads) == 1:
+            written(2.0)
+        return found
+
+    monkeypatch.setattr(adapter_files, "load_file", load_file_and_overwrite)
+    state = load_adapter(directory, layout, optimizer=True)
+    assert state.exp_avg is not None
+    assert (state.weights.max(), state.exp_avg.max(), state.step) == (2.0, 2.0, 2)
+
+
+def test_an_encrypted_export_is_refused_as_one(moe: Engine, tmp_path: Path) -> None:
+    layout, spec = moe.base.layout, LoraSpec(4)
+    recipient = str(pyrage.x25519.Identity.generate().to_public())
+    state = AdapterState(spec, torch.zeros(spec.rank, layout.row_size))
+    manifest = {"layout": "tinker", "age_recipients": [recipient]}
+    save_adapter(str(tmp_path / "x"), state, layout, "base", manifest)
+    create(moe, 0, spec)
+    assert_refused(moe, 0, tmp_path / "x", "encrypted")

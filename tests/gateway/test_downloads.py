@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import io
+import os
+import shutil
 import tarfile
 import urllib.parse
 from datetime import UTC, datetime, timedelta
@@ -16,6 +19,7 @@ from twinkle_serve.gateway import downloads
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.links import LIFETIME_S, Links
 from twinkle_serve.protocol.errors import Unauthorized
+from twinkle_serve.storage.checkpoints import MANIFEST, write_checkpoint
 
 BASE = "/training_runs/session-1:train:0/checkpoints/external_weights/ck1"
 CONTENTS = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 5}
@@ -23,9 +27,8 @@ CONTENTS = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(ran
 
 @pytest.fixture
 def files(backend: ScriptedBackend, tmp_path: Path) -> dict[str, bytes]:
-    for name, content in CONTENTS.items():
-        (tmp_path / name).write_bytes(content)
-        backend.files[name] = str(tmp_path / name)
+    write_checkpoint(tmp_path / "ck1", dict(CONTENTS), {"user_metadata": {"note": "mine"}})
+    backend.files.update({name: str(tmp_path / "ck1" / name) for name in (*CONTENTS, MANIFEST)})
     return CONTENTS
 
 
@@ -79,6 +82,38 @@ async def test_the_archive_is_a_tar_of_plain_files(
             member = tar.extractfile(name)
             assert member is not None
             assert member.read() == content
+
+
+@pytest.mark.parametrize("event", ["overwritten", "deleted"])
+def test_a_tar_is_of_one_save_whatever_happens_while_it_is_read(tmp_path: Path, event: str) -> None:
+    def written(content: bytes) -> None:
+        write_checkpoint(tmp_path / "x", {"a.bin": content * 3 * 2**20, "b.bin": content}, {})
+
+    written(b"1")
+    size, stream = downloads.tar_of(tmp_path / "x")
+    parts = [next(stream), next(stream)]
+    written(b"2") if event == "overwritten" else shutil.rmtree(tmp_path / "x")
+    data = b"".join([*parts, *stream])
+    assert len(data) == size
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames() == ["a.bin", "b.bin", "checkpoint_complete"]
+        assert [tar.extractfile(name).read(1) for name in ("a.bin", "b.bin")] == [b"1", b"1"]  # type: ignore[union-attr]
+
+
+def test_a_tar_that_nobody_reads_leaves_no_file_open(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x", {"a.bin": b"1"}, {})
+    before = os.listdir("/proc/self/fd")
+    downloads.tar_of(tmp_path / "x")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+async def test_a_checkpoint_that_goes_before_its_tar_begins_is_gone(
+    client: httpx.AsyncClient, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    location = (await client.get(f"{BASE}/archive")).headers["location"]
+    shutil.rmtree(tmp_path / "ck1")
+    assert (await client.get(location)).status_code == 404
 
 
 async def test_trap_43_links_have_the_public_address(

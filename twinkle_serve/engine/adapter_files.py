@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from twinkle_serve.engine.layout import AdapterLayout
-from twinkle_serve.engine.peft_format import export_peft, import_peft
+from twinkle_serve.engine.peft_format import PLACEMENT, export_peft, import_peft
 from twinkle_serve.engine.slots import LORA_ALPHA, AdapterState
 from twinkle_serve.engine.tinker_format import export_tinker
 from twinkle_serve.protocol.recipients import read_recipient
@@ -35,6 +35,7 @@ def save_adapter(
     config, tensors = export_peft(layout, state.weights, state.spec, base_model, LORA_ALPHA)
     if manifest.get("layout") == "tinker":
         tensors = export_tinker(layout, state.weights, state.spec)
+        config = {name: setting for name, setting in config.items() if name not in PLACEMENT}
     files = {CONFIG: json.dumps(config, indent=1, sort_keys=True).encode(), WEIGHTS: save(tensors)}
     if state.exp_avg is not None and state.exp_avg_sq is not None:
         moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
@@ -55,11 +56,18 @@ def encrypted(files: Mapping[str, bytes], recipients: Sequence[str]) -> dict[str
 def load_adapter(directory: str, layout: AdapterLayout, optimizer: bool) -> AdapterState:
     """Read a checkpoint, verifying every file's sha256.
 
-    Raises checkpoints.CheckpointError for a missing or damaged one and ValueError for one of another model.
+    Raises checkpoints.CheckpointError for a missing or damaged one and ValueError for one of another model
+    or an encrypted one. One that is replaced meanwhile is that of before or the new one.
     A checkpoint saved before the first step has no moments; they start at zero.
     """
-    manifest = checkpoints.verify(directory)
-    path = Path(directory)
+    return checkpoints.read_whole(
+        directory, lambda manifest: _read(Path(directory), manifest, layout, optimizer)
+    )
+
+
+def _read(path: Path, manifest: Mapping[str, Any], layout: AdapterLayout, optimizer: bool) -> AdapterState:
+    if manifest.get("age_recipients"):
+        raise ValueError("this export is encrypted and cannot be loaded; load what it was made from")
     config = json.loads((path / CONFIG).read_bytes())
     weights, spec = import_peft(layout, config, load_file(path / WEIGHTS))
     state = AdapterState(spec, weights)

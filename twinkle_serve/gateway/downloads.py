@@ -6,12 +6,14 @@ and every answer its length. Knows local files. Does not know what they mean.
 
 from __future__ import annotations
 
+import asyncio
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, Response, StreamingResponse
@@ -21,7 +23,7 @@ from twinkle_serve.gateway.context import Authenticated, Gateway, gateway_of
 from twinkle_serve.gateway.http import reply
 from twinkle_serve.gateway.links import resource_path
 from twinkle_serve.protocol.errors import Absent
-from twinkle_serve.storage.checkpoints import MANIFEST
+from twinkle_serve.storage.checkpoints import MANIFEST, CheckpointError, open_whole
 
 router = APIRouter(tags=["downloads"])
 _ALL = "archive.tar"
@@ -74,30 +76,37 @@ async def download(
     gateway.links.check(tenant, resource_path("downloads", run_id, kind, name, file), expires, token)
     files = await gateway.backend_provider().checkpoint_files(tenant, tinker_path(run_id, kind, name))
     if file == _ALL:
-        size = sum(map(len_in_tar, files.values())) + 3 * _BLOCK
+        try:
+            size, stream = await asyncio.to_thread(tar_of, Path(files[MANIFEST]).parent)
+        except CheckpointError:
+            raise Absent("the checkpoint is not there any more") from None
         return StreamingResponse(
-            tar_of(files), media_type="application/x-tar", headers={"Content-Length": str(size)}
+            stream, media_type="application/x-tar", headers={"Content-Length": str(size)}
         )
     if file not in files:
         raise Absent(f"the checkpoint has no file {file!r:.80}")
     return FileResponse(files[file], media_type="application/octet-stream")
 
 
-def tar_of(files: Mapping[str, str]) -> Iterator[bytes]:
-    """The bytes of a tar of plain files, and a marker at its end that it is whole."""
-    for name, path in files.items():
-        size = Path(path).stat().st_size
-        yield _header(name, size)
-        with Path(path).open("rb") as file:
+def tar_of(directory: Path) -> tuple[int, Iterator[bytes]]:
+    """The size and the bytes of a tar of a checkpoint's files as they are now, whatever is saved or deleted
+    meanwhile, and of a marker at its end that it is whole. Blocks. Raises CheckpointError."""
+    stack, files = open_whole(directory)
+    sizes = [_BLOCK + size + -size % _BLOCK for _, size in files.values()]
+    stream = _stream(stack, files)
+    next(stream)  # from here on it closes the files itself, even if nobody ever reads from it
+    return sum(sizes) + 3 * _BLOCK, stream
+
+
+def _stream(stack: ExitStack, files: Mapping[str, tuple[IO[bytes], int]]) -> Iterator[bytes]:
+    with stack:
+        yield b""
+        for name, (file, size) in files.items():
+            yield _header(name, size)
             while part := file.read(_READ_BYTES):
                 yield part
-        yield bytes(-size % _BLOCK)
-    yield _header(_COMPLETE, 0) + bytes(2 * _BLOCK)
-
-
-def len_in_tar(path: str) -> int:
-    size = Path(path).stat().st_size
-    return _BLOCK + size + -size % _BLOCK
+            yield bytes(-size % _BLOCK)
+        yield _header(_COMPLETE, 0) + bytes(2 * _BLOCK)
 
 
 def _header(name: str, size: int) -> bytes:

@@ -16,12 +16,13 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from twinkle_serve.faults import reach
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 # A run's state and a sampling snapshot are one file each; it checks itself (engine/state_files.py).
 STATE_SUFFIX = ".safetensors"
@@ -119,6 +120,42 @@ def verify(directory: str | Path) -> dict[str, Any]:
         if _sha256(path) != entry["sha256"]:
             raise CheckpointDamagedError(f"{path} has changed since it was written: its sha256 differs")
     return manifest
+
+
+def read_whole(directory: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
+    """What ``read``, which is given the manifest, makes of the verified files. It is done again if the
+    checkpoint is replaced meanwhile, so that it is that of before or the new one. Raises CheckpointError and
+    what ``read`` raises."""
+    while True:
+        before = read_manifest(directory)
+        try:
+            verify(directory)
+            found = read(before)
+        except Exception:
+            if read_manifest(directory) == before:
+                raise
+            continue
+        if read_manifest(directory) == before:
+            return found
+
+
+def open_whole(directory: str | Path) -> tuple[ExitStack, dict[str, tuple[IO[bytes], int]]]:
+    """What closes the files, and each listed file, opened, with its size: those of one save, which stay what
+    they are when the checkpoint is replaced or deleted. Raises CheckpointError."""
+    while True:
+        before = read_manifest(directory)
+        with ExitStack() as stack:
+            try:
+                found = {}
+                for name, entry in before["files"].items():
+                    file = stack.enter_context((Path(directory) / name).open("rb"))
+                    found[name] = (file, int(entry["size"]))
+            except FileNotFoundError as error:
+                if read_manifest(directory) == before:
+                    raise CheckpointDamagedError(f"{error.filename} is missing") from None
+                continue
+            if read_manifest(directory) == before:
+                return stack.pop_all(), found
 
 
 def remove_checkpoint(directory: str | Path) -> None:
