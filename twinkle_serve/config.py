@@ -109,7 +109,8 @@ class StorageConfig(Strict):
     disk_reserve_bytes: int = Field(
         2**30,
         ge=0,
-        description="saves fail while the disk has less left than this, so that training can go on, bytes",
+        description="saves fail and new runs are put off while the disk has less left than this, so that "
+        "training can go on, bytes",
     )
     snapshot_every_steps: int = Field(
         50, ge=1, description="a run is written to disk after so many optimizer steps, in the background"
@@ -176,6 +177,13 @@ class LimitsConfig(Strict):
     )
     session_expiry_s: float = Field(
         600.0, ge=120, description="a session without heartbeat expires after this"
+    )
+    run_retention_s: float | None = Field(
+        7 * 86400.0,
+        gt=0,
+        description="a run whose session has expired is unloaded, and leaves the disk, when nothing was heard "
+        "of both for so long; null: never. One of a finished session is unloaded at once. Checkpoints stay. "
+        "Seconds",
     )
     sample_abandon_s: float = Field(
         120.0, gt=0, description="a sample that nobody polled for so long is dropped; a held poll counts"

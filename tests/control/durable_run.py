@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.control.echo_group import pass_command
 from tests.control.simulator import RandomRun, Sent
-from twinkle_serve.control.backend import NotFound, PassCommand, SaveCommand
+from twinkle_serve.control.backend import NotFound, PassCommand, Poll, SaveCommand
 from twinkle_serve.control.codec import decode_command
 
 _NAMES = ("latest", "best")
@@ -28,7 +28,8 @@ class DurableRun(RandomRun):
         self.deleted: set[str] = set()
         self.gone: dict[str, int] = {}  # by name: no save up to this seq_id may be listed any more
         self.num_unnumbered = 0
-        self.is_stillborn = self.has_meddled = False
+        self.is_stillborn = self.has_meddled = self.is_finished = False
+        self.answers: dict[str, Poll] = {}  # to what was asked for before the session was finished
 
     # birth ----------------------------------------------------------------------------------------
 
@@ -165,12 +166,51 @@ class DurableRun(RandomRun):
             for seq_id, sent in self.sent.items()
         )
 
+    # the end --------------------------------------------------------------------------------------
+
+    async def live(self) -> None:
+        await super().live()
+        if not self.is_stillborn and self.rng.random() < 0.3:
+            await self._finish()
+
+    async def _finish(self) -> None:
+        """Leave while something is still to be done, and ask for the answers afterwards."""
+        first = int(max(self.sent)) + 1
+        requests = {}
+        for seq_id in range(first, first + self.rng.randrange(4)):
+            self.sent[seq_id] = self._choose(seq_id)
+            requests[seq_id] = await self.client.submit(self.run_id, seq_id, self._command(seq_id))
+        await asyncio.sleep(self.rng.choice([0, 0, 0.01, 1.0]))
+        await self.client.plane.finish_session(self.client.tenant, self.client.session, {})
+        for seq_id, request in requests.items():
+            poll = await self.client.poll(request)
+            assert poll.state == "done", poll
+            self.sent[seq_id].value, self.sent[seq_id].failure = poll.value, poll.failure
+            self.answers[request] = poll
+        self._check_history()
+        self.is_finished = True
+        self.report.counts["finished"] += 1
+
+    async def _is_gone(self) -> None:
+        """Nothing of the session's runs stays but checkpoints and answers."""
+        for request, answer in self.answers.items():
+            poll = await self.client.poll(request)
+            assert poll == answer or poll.state == "gone", (poll, answer)
+        for _ in range(100):
+            if not (left := self.client.plane.left_of(self.client.session)):
+                break
+            await asyncio.sleep(5)
+        assert not left, left
+        await self._check_checkpoints()
+
     # afterwards -----------------------------------------------------------------------------------
 
     async def look_again(self) -> None:
         """After one more death of everything the run is still what its client thinks."""
         if not self.run_id:
             return
+        if self.is_finished:
+            return await self._is_gone()
         last = int(max([self.first_seq_id - 1, *(n for n, sent in self.sent.items() if not sent.lost)]))
         request = await self.client.submit(self.run_id, last + 1, pass_command("look", backward=False))
         poll = await self.client.poll(request)

@@ -191,6 +191,12 @@ class Server:
         """What was accepted of the run without a seq_id, whether or not its client knows."""
         return [entry for entry in self._journal.unnumbered if entry.run_id == run_id]
 
+    def left_of(self, session: str) -> list[str]:
+        """Files and rows of a session's runs, but for results."""
+        runs = ((r, h) for r, h in self._journal.rows.items() if r.startswith(f"{session}:"))
+        rows = [run for run, history in runs if history.entries or history.snapshots]
+        return rows + [file for file in self.group.files if file.startswith(f"/files/{session}:")]
+
     async def once(self, method: str, *arguments: Any) -> None:
         """Ask what must not be asked twice: it is unknown whether a server that dies over it accepted it."""
         with suppress(Died):

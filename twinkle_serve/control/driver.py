@@ -154,6 +154,11 @@ class GroupDriver:
         self._assembler.park(run.run_id)
         self._event.set()
 
+    def end(self, run: Run) -> None:
+        """The run was unloaded while nothing was done for it."""
+        self.planner.leave(run.run_id)
+        self.park(run)
+
     def lose(self) -> None:
         """Forget what was in the group. Training requests that were in flight stay open, to be done again;
         samples are lost: their clients submit them again."""

@@ -110,14 +110,18 @@ class Keeper:
                 f"{limit}; nothing was saved; delete some",
                 "server",
             )
+        full = self.disk_is_full
+        return None if full is None else Failure(f"{full}; nothing was saved", "server")
+
+    @property
+    def disk_is_full(self) -> str | None:
+        """Why nothing may be begun that takes room for good: None while there is enough."""
         free, reserve = self.files.free_bytes(), self._config.disk_reserve_bytes
-        if free < reserve:
-            return Failure(
-                f"the server's disk is full ({free} bytes are left, and storage.disk_reserve_bytes is "
-                f"{reserve}); nothing was saved",
-                "server",
-            )
-        return None
+        if free >= reserve:
+            return None
+        return (
+            f"the server's disk is full ({free} bytes are left, and storage.disk_reserve_bytes is {reserve})"
+        )
 
     def accept(self, run: Run, seq_id: int, request_id: str, command: RunCommand, numbered: bool) -> None:
         """Begin to write a command down. It may be executed meanwhile, but nobody may be told that it was

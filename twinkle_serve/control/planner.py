@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from twinkle_serve.control.backend import PassCommand, UnloadCommand
-from twinkle_serve.control.commands import RunCommand, RunEntry, Stage, next_stage, num_tokens
+from twinkle_serve.control.commands import RunCommand, RunEntry, Stage, cost, next_stage, num_tokens
 from twinkle_serve.control.log import CommandLog
 
 # Requests in a row that do not fit into a tick before it is taken for full. Those behind them lose nothing:
@@ -173,7 +173,7 @@ class Planner:
             self._running[work.run_id] = (work.tenant, tenant.runs.pop(work.run_id))
             del self._queued[work.run_id]
             if isinstance(work.entries[-1].command, UnloadCommand):
-                self._leave(work.run_id)
+                self.leave(work.run_id)
         for tenant in fill.aside:
             self._push(tenant)
         if fill.num_tokens:
@@ -215,12 +215,12 @@ class Planner:
         """Of the first commands of all runs; no more than fill a tick are counted."""
         total = 0
         for log in self._queued.values():
-            total += num_tokens(log.ready[0].command)
+            total += cost(log.ready[0].command)
             if total >= self._tick_tokens:
                 break
         return total
 
-    def _leave(self, run_id: str) -> None:
+    def leave(self, run_id: str) -> None:
         """The run is over: nobody waits for it."""
         self._in_step.discard(run_id)
         self._think.pop(run_id, None)
@@ -271,7 +271,7 @@ class Planner:
             if self._take(tenant, run_id, log, fill):
                 fill.num_misses = 0
                 # What follows at no cost (an optimizer step) must not wait for a second turn.
-                while log.ready and not num_tokens(log.ready[0].command):
+                while log.ready and not cost(log.ready[0].command):
                     if not self._take(tenant, run_id, log, fill):
                         break
                 return True
@@ -285,11 +285,11 @@ class Planner:
         entry = log.ready[0]
         work = fill.work.get(run_id)
         stage = next_stage(work.stage if work else Stage.START, entry.command)
-        cost = num_tokens(entry.command)
-        fits = cost <= fill.tokens_left or fill.num_tokens == 0
-        if stage is None or not fits or (cost and not fill.passes) or self._blocked(entry):
+        tokens = cost(entry.command)
+        fits = tokens <= fill.tokens_left or fill.num_tokens == 0
+        if stage is None or not fits or (tokens and not fill.passes) or self._blocked(entry):
             return False
-        charge = float(cost)
+        charge = float(tokens)
         if work is None:
             if len(fill.work) == self._max_runs:
                 return False
@@ -297,10 +297,10 @@ class Planner:
             charge += fill.slot_charge
         work.entries.append(log.ready.popleft())
         work.stage = stage
-        fill.num_tokens += cost
-        fill.tokens_left -= cost
+        fill.num_tokens += tokens
+        fill.tokens_left -= tokens
         self._charge(tenant, charge)
-        self._spend(tenant.name, cost)
+        self._spend(tenant.name, num_tokens(entry.command))
         return True
 
     def _charge(self, tenant: _Tenant, charge: float) -> None:

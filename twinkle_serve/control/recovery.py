@@ -184,9 +184,7 @@ def restore(keeper: Keeper) -> list[Run]:
     histories = keeper.journal.histories()
     _attribute(keeper, histories)
     _restore_results(keeper, histories)
-    files = [sampler.record.sampler_id for sampler in keeper.books.samplers.with_snapshot()]
-    keep = [keeper.sampler_file(sampler_id) for sampler_id in files]
-    runs = []
+    keep, runs = [], []
     for run_id, history in histories.items():
         keep += [snapshot.file for snapshot in history.snapshots]
         run = keeper.books.runs.find(run_id)
@@ -195,6 +193,10 @@ def restore(keeper: Keeper) -> list[Run]:
         elif history.entries or history.snapshots or history.damaged:
             _restore_run(keeper, run, history)
             runs.append(run)
+    for record in (sampler.record for sampler in keeper.books.samplers.with_snapshot()):
+        owner = keeper.books.runs.find(record.run_id or "")
+        if owner is None or not owner.record.unloaded:
+            keep.append(keeper.sampler_file(record.sampler_id))
     keeper.files.sweep(keep)
     return runs
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from twinkle_serve.control.commands import RestoreCommand
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.kept import UNBORN, Kept
-from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.errors import CAPACITY, BackendUnavailable, Busy
 from twinkle_serve.storage.journal_rows import StoredResult
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,13 @@ def check_room(keeper: Keeper) -> None:
         for kept in list(keeper.kept.values()):
             _make_room(keeper, kept)
         raise BackendUnavailable("the journal is full; it empties as runs are snapshotted")
+
+
+def check_disk(keeper: Keeper) -> None:
+    """Raises Busy while the disk has no room for the snapshots of a run more; clients come again."""
+    full = keeper.disk_is_full
+    if full is not None:
+        raise Busy(f"{full}; a new run starts once it has room", CAPACITY)
 
 
 def _make_room(keeper: Keeper, kept: Kept) -> None:

@@ -21,6 +21,7 @@ from twinkle_serve.control.clock import Clock, SystemClock, Timer
 from twinkle_serve.control.commands import RunEntry
 from twinkle_serve.control.driver import GroupDriver, Recover, fail_in_flight
 from twinkle_serve.control.durability import Durability
+from twinkle_serve.control.ending import Ending
 from twinkle_serve.control.group import Group, GroupLost
 from twinkle_serve.control.groups import (
     Drivers,
@@ -106,6 +107,7 @@ class ControlPlane(Management):
         self._training = Training(
             self._books, self._drivers, self._accept, self._keeper, config.limits, self._clock
         )
+        self._ending = Ending(self._books, self._drivers, self._keeper, config.limits.run_retention_s)
         self._loss_making = LossMaking(self._books, self._drivers, self._accept, self._clock)
         self._polling = Polling(self._books, self._drivers, self._sampling, self._clock)
         self._sweep_timer: Timer | None = None
@@ -222,7 +224,6 @@ class ControlPlane(Management):
         self._books.losses.end_session(session_id)
         for run_id, _ in self._books.sessions.get(tenant, session_id).models.values():
             self._books.samplers.retire(run_id, keep=0)
-            self._park(run_id)
         for driver in self._drivers.values():
             driver.wake()
 
@@ -362,14 +363,6 @@ class ControlPlane(Management):
     def _sampling_driver(self, base_model: str, home: str | None) -> GroupDriver:
         return self._drivers.get(home or "") or place_sample(self._drivers, base_model)
 
-    def _park(self, run_id: str) -> None:
-        run = self._books.runs.find(run_id)
-        if self._keeper is not None and run is not None and not run.record.unloaded:
-            self._keeper.park(run)
-            driver = self._drivers.get(run.group)
-            if driver is not None:  # its base model may be served no more
-                driver.wake()
-
     def _sweep(self) -> None:
         if self._keeper is None:
             self._take_steps()
@@ -385,9 +378,9 @@ class ControlPlane(Management):
 
     def _take_steps(self) -> None:
         """A step that fails, for want of room on the disk perhaps, is left to the next sweep; no other is."""
-        own = (self._expire_sessions, self._sampling.sweep, self._wake_waiting, self._sweep_journal)
+        own = (self._expire_sessions, self._ending.sweep, self._sampling.sweep, self._wake_waiting)
         try:
-            for step in (*self._books.sweeps(), *own):
+            for step in (*self._books.sweeps(), *own, self._sweep_journal):
                 try:
                     step()
                 except Exception:
@@ -399,7 +392,7 @@ class ControlPlane(Management):
         for session_id in self._books.sessions.expire(self._clock.now()):
             self._sampling.end_session(session_id)
             for run_id in self._books.sessions.runs_of(session_id):
-                self._park(run_id)
+                self._ending.park(run_id)
 
     def _wake_waiting(self) -> None:
         """What waits for room may have got some."""

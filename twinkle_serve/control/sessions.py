@@ -52,7 +52,7 @@ class Sessions:
 
     def restore(self, record: SessionRecord, now: float) -> None:
         """Take in a record. An active session gets a whole expiry to show that its client lives."""
-        session = Session(record, now)
+        session = Session(record, now if record.silent_since is None else record.silent_since)
         self._sessions[record.session_id] = session
         self._by_tenant.setdefault(record.tenant, []).append(record.session_id)
         if record.status == "active":
@@ -89,6 +89,13 @@ class Sessions:
         """Whether its client is there, as far as anybody knows."""
         return session_id in self._active
 
+    def is_finished(self, session_id: str) -> bool:
+        return self._sessions[session_id].record.status == "finished"
+
+    def last_seen(self, session_id: str) -> float:
+        """When its client was last heard of, as far as this is known."""
+        return self._sessions[session_id].last_seen
+
     def runs_of(self, session_id: str) -> list[str]:
         return [run_id for run_id, _ in self._sessions[session_id].models.values()]
 
@@ -124,7 +131,7 @@ class Sessions:
             session_id, session = next(iter(self._active.items()))
             if now - session.last_seen < self._expiry_s:
                 break
-            self._set_status(session, "expired", None)
+            self._set_status(session, "expired", None, session.last_seen)
             del self._active[session_id]
             yield session_id
 
@@ -140,7 +147,13 @@ class Sessions:
         self._active.pop(session_id, None)
         self._active[session_id] = session
 
-    def _set_status(self, session: Session, status: str, reason: Mapping[str, Any] | None) -> None:
-        record = replace(session.record, status=status, finish_reason=reason)
+    def _set_status(
+        self,
+        session: Session,
+        status: str,
+        reason: Mapping[str, Any] | None,
+        silent_since: float | None = None,
+    ) -> None:
+        record = replace(session.record, status=status, finish_reason=reason, silent_since=silent_since)
         self._save(record)
         session.record = record

@@ -19,6 +19,7 @@ from twinkle_serve.control.commands import BirthCommand
 from twinkle_serve.control.groups import Drivers, homes_of, place_run
 from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.orders import check_loadable
+from twinkle_serve.control.room import check_disk
 from twinkle_serve.control.runs import Run, run_id_for
 from twinkle_serve.control.sessions import Session
 from twinkle_serve.control.views import text_values
@@ -120,6 +121,8 @@ class Training:
             return await self._bear(session, run, birth)
         self._accept.check_room(tenant)
         self._books.quotas.check_room(tenant)
+        if self._keeper is not None:
+            check_disk(self._keeper)
         record = RunRecord(
             run_id, session_id, model_seq_id, tenant, base_model, spec, now, now, text_values(user_metadata)
         )

@@ -18,6 +18,7 @@ class SessionRecord:
     """A client's session. ``info`` is what it sent at creation (tags, user_metadata, display_name, ...).
 
     status: "active", "finished" (``finish_reason`` says how) or "expired" (no heartbeat for too long).
+    silent_since: when an expired one was last heard of.
     """
 
     session_id: str
@@ -26,6 +27,7 @@ class SessionRecord:
     info: Mapping[str, Any] = field(default_factory=dict)
     status: str = "active"
     finish_reason: Mapping[str, Any] | None = None
+    silent_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
