@@ -6,6 +6,7 @@ exit codes (cli.py), nor how the service works. Imports ray only when it starts.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
@@ -13,6 +14,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from twinkle_serve.config import Config
@@ -42,7 +46,10 @@ def serve_until_stopped(config: Config) -> None:
         from twinkle_serve.cluster.private_ray import private_ray
 
         _say("starting Ray ...")
-        with private_ray(config.ray, "twinkle-serve", stop.tell, with_haproxy):
+        with (
+            sole_use(config.storage.root),
+            private_ray(config.ray, "twinkle-serve", stop.tell, with_haproxy),
+        ):
             try:
                 _start(config)
                 print(f"ready {url_of(config)}", file=ready, flush=True)
@@ -52,6 +59,21 @@ def serve_until_stopped(config: Config) -> None:
                 _shut_down()
     except Stopped:
         _say("stopped")
+
+
+@contextmanager
+def sole_use(root: Path) -> Iterator[None]:
+    """Two services on one ``root`` would take its journal from each other for ever, and load the model anew
+    each time. Raises UpError. Where files cannot be locked, nobody looks."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpError(f"storage.root {root} is in use by another `twinkle-serve up`") from None
+        except OSError:
+            pass
+        yield
 
 
 class _Stop:
