@@ -254,7 +254,9 @@ class EchoGroup:
 
     async def _decode(self, tick: Tick) -> AsyncIterator[Outcome | Progress]:
         for request_id in tick.cancels:
-            self.active.pop(request_id, None)
+            cancelled = self.active.pop(request_id, None)
+            if cancelled is not None:
+                yield Outcome(request_id, failure=Failure("cancelled"), metrics=self._used(cancelled))
         for sample in tick.samples:
             seconds = self.decode_s * (sample.request.params.max_tokens or 1)
             self.active[sample.request_id] = ActiveSample(sample, seconds, self._weights(sample.adapter))
@@ -270,6 +272,11 @@ class EchoGroup:
             if active.seconds_left <= 1e-9:
                 del self.active[request_id]
                 yield Outcome(request_id, active.weights)
+
+    def _used(self, active: ActiveSample) -> dict[str, float]:
+        request = active.sample.request
+        drawn = (request.params.max_tokens or 1) - round(active.seconds_left / self.decode_s)
+        return {"prompt_tokens": float(len(request.prompt)), "sampled_tokens": float(drawn)}
 
     def _weights(self, adapter: AdapterRef | None) -> History:
         if adapter is None:

@@ -29,7 +29,7 @@ from twinkle_serve.engine.kv_cache import BLOCK_TOKENS
 from twinkle_serve.engine.slots import AdapterState
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.data import LoraSpec
-from twinkle_serve.protocol.work import AdapterRef, Outcome, Sample, SaveAdapter, Tick, TickReport
+from twinkle_serve.protocol.work import AdapterRef, Failure, Outcome, Sample, SaveAdapter, Tick, TickReport
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,30 @@ def test_without_a_budget_samples_are_only_admitted(moe: Engine) -> None:
     assert list(run(moe, decode_budget_s=1.0)) == ["s"]
 
 
-def test_cancelled_samples_answer_nothing_and_leave_nothing(
+def test_a_cancelled_sample_says_how_far_it_came(moe: Engine) -> None:
+    long = make_sample("long", PROMPT, max_tokens=1000, num_samples=2)
+    run(moe, samples=(long,), decode_budget_s=1e-9)
+    for _ in range(4):
+        run(moe, decode_budget_s=1e-9)
+    ended = run(moe, cancels=("long",), decode_budget_s=1.0)["long"]
+    assert ended.failure == Failure("cancelled")
+    assert ended.metrics["prompt_tokens"] == len(PROMPT)
+    assert ended.metrics["sampled_tokens"] >= 8
+    assert_nothing_left(moe)
+
+
+def test_a_sample_that_is_cancelled_in_its_prompt_says_how_much_of_that_was_read(
+    engine_for: EngineFactory, tiny_moe: Path
+) -> None:
+    small = engine_for(tiny_moe, sampler=TINY_CACHE)
+    chunk = TINY_CACHE.prefill_chunk_tokens
+    run(small, samples=(make_sample("read", range(20, chunk + 23)),), decode_budget_s=1e-9)
+    ended = run(small, cancels=("read",))["read"]
+    assert ended.metrics == {"prompt_tokens": chunk, "sampled_tokens": 0}
+    assert_nothing_left(small)
+
+
+def test_cancelled_samples_give_no_result_and_leave_nothing(
     engine_for: EngineFactory, tiny_moe: Path
 ) -> None:
     small = engine_for(tiny_moe, sampler=TINY_CACHE)
@@ -185,7 +208,7 @@ def test_cancelled_samples_answer_nothing_and_leave_nothing(
     kept = "3"
     cancels = tuple(s.request_id for s in samples if s.request_id != kept)
     found = run(small, cancels=(*cancels, "unknown"), decode_budget_s=60)
-    assert list(found) == [kept]
+    assert [request_id for request_id, outcome in found.items() if outcome.failure is None] == [kept]
     assert_nothing_left(small)
 
 

@@ -46,6 +46,7 @@ class _Request:
     accepted_at: float
     seq_id: int | None = None
     group: str = ""  # that took it
+    is_answered: bool = False
     kind: str = ""
     tokens: int = 0
     learning_rate: float = 0.0
@@ -89,6 +90,8 @@ class Watch:
         self.spans = Spans()
         self._clock = clock
         self._requests: dict[str, _Request] = {}
+        # Samples that were cancelled, and when: their group has yet to say how far they had come.
+        self._cancelled: dict[str, tuple[float, _Request]] = {}
         self._paces: dict[str, _Pace] = {}
         self._tenants = TenantLabels()
         # Also told of tokens: tenant, session or "", base model, kind, number.
@@ -124,11 +127,18 @@ class Watch:
         return request is not None and request.taken_at is not None
 
     def result(self, outcome: Outcome) -> None:
-        """What the group answered, before its promise is settled."""
-        request = self._requests.get(outcome.request_id)
-        if request is None or outcome.failure is not None:
+        """What the group answered, before its promise is settled; of a sample that was cancelled after."""
+        _, cancelled = self._cancelled.pop(outcome.request_id, (0.0, None))
+        request = cancelled or self._requests.get(outcome.request_id)
+        if request is None:
             return
+        request.is_answered = True
         numbers = {**outcome.metrics, **summary_of(outcome.value)}
+        if outcome.failure is not None:
+            if request.kind == "sample":  # the model worked for it all the same
+                self._count_tokens(request, "prompt", int(numbers.get("prompt_tokens", 0)))
+                self._count_tokens(request, "sampled", int(numbers.get("sampled_tokens", 0)))
+            return
         match request.kind:
             case "forward" | "forward_backward":
                 backward = request.kind == "forward_backward"
@@ -150,6 +160,8 @@ class Watch:
         if request is None:
             return
         now = self._clock.now()
+        if request.kind == "sample" and not request.is_answered:
+            self._cancelled[request_id] = now, request
         kind, group = request.kind or "rejected", request.group
         result = "done" if failure is None else f"{failure.category}_error"
         self.meter.add("requests", 1, model=group, kind=kind, result=result)
@@ -183,6 +195,8 @@ class Watch:
         for request_id in [request_id for request_id, _ in old]:
             if not is_pending(request_id):
                 del self._requests[request_id]
+        for request_id in [key for key, (at, _) in self._cancelled.items() if at < limit]:
+            del self._cancelled[request_id]
 
     # ticks ----------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class Sampler:
     ) -> Iterator[Outcome | Progress]:
         """Drop ``cancels``, admit ``samples``, then step until ``budget_s`` has passed or nothing is left."""
         for request_id in cancels:
-            self._cancel(request_id)
+            yield from self._cancel(request_id)
         for sample in samples:
             try:
                 self._waiting.append(self._job(sample))
@@ -129,12 +129,16 @@ class Sampler:
             seed=random.getrandbits(63) if seed is None else seed,
         )
 
-    def _cancel(self, request_id: str) -> None:
+    def _cancel(self, request_id: str) -> list[Outcome]:
+        """What a request had used, if it had begun."""
         self._waiting = deque(job for job in self._waiting if job.sample.request_id != request_id)
         self._pool_is_full = False  # it may have been the one that waits for room
         job = self._running.pop(request_id, None)
-        if job is not None:
-            self._forget(job)
+        if job is None:
+            return []
+        used = job.used()
+        self._forget(job)
+        return [Outcome(request_id, failure=Failure("cancelled"), metrics=used)]
 
     def _forget(self, job: Job) -> None:
         self._let_go(job)
@@ -377,7 +381,8 @@ def _outcome(job: Job) -> Outcome:
     if all(map(math.isfinite, logprobs)):
         return Outcome(job.sample.request_id, job.result())
     advice = "these weights have diverged; sample from an earlier checkpoint"
-    return Outcome(job.sample.request_id, failure=Failure(f"the logits are not finite: {advice}"))
+    failure = Failure(f"the logits are not finite: {advice}")
+    return Outcome(job.sample.request_id, failure=failure, metrics=job.used())
 
 
 def refusal(sample: Sample, error: Exception) -> Outcome:

@@ -194,6 +194,12 @@ class Job:
             sequence.stop_reason is not None for sequence in self.sequences
         )
 
+    def used(self) -> dict[str, float]:
+        """Tokens read and drawn so far, for what is ended before it has a result."""
+        drawn = sum(sequence.num_generated for sequence in self.sequences)
+        read = self.prompt_length if drawn else sum(sequence.rows.length for sequence in self.sequences[:1])
+        return {"prompt_tokens": float(read), "sampled_tokens": float(drawn)}
+
     def news(self) -> tuple[SampleDelta, ...]:
         """What its sequences have drawn since this was last asked."""
         return tuple(s.news() for s in self.sequences if s.num_generated > s.num_told)

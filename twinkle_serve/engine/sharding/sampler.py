@@ -85,11 +85,11 @@ class SharedSampler(Sampler):
         self, cancels: SequenceOf[str], samples: SequenceOf[Sample], budget_s: float
     ) -> Iterator[Outcome | Progress]:
         for request_id in cancels:
-            self._cancel(request_id)
+            self._outbox += self._cancel(request_id)
             self._end_membership(request_id)
         for sample in samples:
             self._take(sample)
-        if not self._members:
+        if not self._members and not cancels:
             return
         deadline = time.perf_counter() + budget_s
         over = budget_s <= 0
