@@ -2,7 +2,7 @@
 
 One step prefills a bounded chunk of waiting prompts, then decodes one token of every running sequence. When
 the KV cache is full the youngest sequence gives its blocks up and is prefilled again later. Knows sequences,
-blocks and adapters; does not know tenants' rights or when the next tick comes.
+blocks and adapters; does not know whose turn it is (turns.py) or when the next tick comes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -29,6 +29,7 @@ from twinkle_serve.engine.sample_pass import SamplePass
 from twinkle_serve.engine.sequences import Job, PromptScores, Sequence
 from twinkle_serve.engine.sharding.ranks import ends_rank
 from twinkle_serve.engine.text import TokenText
+from twinkle_serve.engine.turns import Turns, in_the_way_of, is_crowded, rows_of, youngest_of_most
 from twinkle_serve.model_config import SamplerConfig
 from twinkle_serve.protocol.work import Failure, Outcome, Progress, Sample
 from twinkle_serve.storage.checkpoints import CheckpointError
@@ -59,6 +60,7 @@ class Sampler:
             dtype=base.dtype,
             device=base.device,
         )
+        self._turns = Turns()
         self._waiting: deque[Job] = deque()
         self._running: dict[str, Job] = {}
         self._prefilling: deque[Sequence] = deque()
@@ -93,7 +95,7 @@ class Sampler:
             yield from self._cancel(request_id)
         for sample in samples:
             try:
-                self._waiting.append(self._job(sample))
+                self._enter(self._job(sample))
             except (ValueError, OSError) as error:
                 yield refusal(sample, error)
         deadline = time.perf_counter() + budget_s
@@ -128,6 +130,10 @@ class Sampler:
             max_tokens=room if wanted is None else min(room, wanted),
             seed=random.getrandbits(63) if seed is None else seed,
         )
+
+    def _enter(self, job: Job) -> None:
+        self._turns.enter(job.tenant, {other.tenant for other in (*self._waiting, *self._running.values())})
+        self._waiting.append(job)
 
     def _cancel(self, request_id: str) -> list[Outcome]:
         """What a request had used, if it had begun."""
@@ -178,13 +184,9 @@ class Sampler:
                 yield Progress(request_id, news)
 
     def _admit(self) -> Iterator[Outcome]:
-        if not self._waiting or self._pool_is_full:
+        if not self._waiting:
             return
-        num_sequences = sum(job.request.num_samples for job in self._running.values())
-        while self._waiting:
-            job = self._waiting[0]
-            if self._running and num_sequences + job.request.num_samples > self._config.max_batch:
-                return
+        for job in self._admissible():
             try:
                 job.pooled = None if job.sample.adapter is None else self._adapters.hold(job.sample.adapter)
             except PoolFull:
@@ -195,12 +197,17 @@ class Sampler:
             except Exception as error:
                 if ends_rank(error):
                     raise
-                self._waiting.popleft()  # or the next step would meet it again, whatever it is
+                self._waiting.remove(job)  # or the next step would meet it again, whatever it is
                 yield refusal(job.sample, error)
                 continue
-            self._waiting.popleft()
-            num_sequences += job.request.num_samples
+            self._waiting.remove(job)
             self._start(job)
+
+    def _admissible(self) -> list[Job]:
+        """While an adapter waits for a place, others wait behind it, or it would starve; who needs none goes
+        on."""
+        waiting = [job for job in self._waiting if not self._pool_is_full or job.sample.adapter is None]
+        return self._turns.admissible(waiting, self._running.values(), self._config.max_batch)
 
     def _start(self, job: Job) -> None:
         self._running[job.sample.request_id] = job
@@ -213,32 +220,50 @@ class Sampler:
         return Sequence(job, index, job.request.prompt.tolist(), stop, UniformStream(job.seed, index))
 
     def _plan_prefill(self) -> list[tuple[Sequence, int]]:
-        """(sequence, number of tokens) to prefill now, oldest first, as far as budget and cache go."""
+        """(sequence, number of tokens) to prefill now, in turn, as far as budget and cache go."""
         budget = self._config.prefill_chunk_tokens
         chunks: list[tuple[Sequence, int]] = []
-        for sequence in self._prefilling:
+        in_turn = self._turns.in_turn(self._prefilling)
+        rows = rows_of(self._decoding) if in_turn else Counter()
+        for sequence in in_turn:
+            if sequence.num_generated and self._is_crowded(sequence, rows):
+                continue
             if not sequence.rows.blocks:
                 self._reuse(sequence)
             count = min(budget, sequence.num_uncached)
-            if count == 0:
-                break
-            try:
-                self._cache.grow(sequence.rows, sequence.rows.length + count)
-            except OutOfBlocks:
+            if count == 0 or not self._grow(sequence, count, is_first=not chunks):
                 break
             chunks.append((sequence, count))
+            rows[sequence.tenant] += 1
             budget -= count
             if self._isolated:
                 break
-        if not chunks and self._prefilling and not self._decoding:
-            self._give_up(self._prefilling[0])
+        if not chunks and in_turn and not self._decoding:
+            self._give_up(in_turn[0])
         return chunks
+
+    def _grow(self, sequence: Sequence, count: int, is_first: bool) -> bool:
+        """Room for ``count`` more tokens of a prompt, if need be that of another tenant's youngest."""
+        while True:
+            try:
+                self._cache.grow(sequence.rows, sequence.rows.length + count)
+                return True
+            except OutOfBlocks:
+                # In deterministic mode nothing is paused for company: reading again may round differently.
+                may_push = is_first and not self._isolated
+                other = in_the_way_of(sequence, self._decoding) if may_push else None
+                if other is None:
+                    return False
+                self._pause(other)
+
+    def _is_crowded(self, sequence: Sequence, rows: Counter[str]) -> bool:
+        return not self._isolated and is_crowded(sequence.tenant, rows, self._config.max_batch)
 
     def _reuse(self, sequence: Sequence) -> None:
         """Begin with what is still cached of the same beginning. Off in deterministic mode: what is cached
         depends on who came before."""
         job = sequence.job
-        if self._base.config.deterministic:
+        if self._isolated:
             return
         fresh = sequence.num_generated == 0
         limit = job.reusable_tokens if fresh else len(sequence.tokens) - 1
@@ -274,6 +299,8 @@ class Sampler:
             end += count
             if sequence.num_uncached == 0:
                 self._prefilling.remove(sequence)
+                if sequence.num_generated == 0:  # only now: whoever fills a prompt stays first until it is
+                    self._turns.served(sequence.tenant, len(sequence.tokens))
                 remember(self._cache, sequence.job.owner, sequence.tokens, sequence.rows)
                 ends.append((sequence, end - 1))
         if ends:
@@ -304,6 +331,10 @@ class Sampler:
         if sequence.stop_reason is not None:
             return
         if not sequence.rows.blocks:
+            is_full = len(self._decoding) >= self._config.max_batch
+            if is_full and self._is_crowded(sequence, rows_of(self._decoding)):
+                self._prefilling.append(sequence)
+                return
             try:
                 sequence.rows = self._cache.fork(sequence.job.sequences[0].rows)
             except OutOfBlocks:
@@ -321,7 +352,7 @@ class Sampler:
                     self._cache.grow(sequence.rows, sequence.rows.length + 1)
                     break
                 except OutOfBlocks:
-                    self._pause(self._decoding[-1])
+                    self._pause(youngest_of_most(self._decoding))
         return bool(self._decoding)
 
     def _pause(self, sequence: Sequence) -> None:
@@ -346,6 +377,7 @@ class Sampler:
         )
         for sequence in batch:
             sequence.rows.length += 1
+            self._turns.served(sequence.tenant, 1)
         self._draw(batch, self._pass.logits(hidden, stretches))
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:

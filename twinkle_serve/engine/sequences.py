@@ -101,6 +101,15 @@ class Sequence:
         self.prompt_length = len(request.prompt)
 
     @property
+    def tenant(self) -> str:
+        return self.job.sample.tenant
+
+    @property
+    def num_rows(self) -> int:
+        """In a batch: until it ends."""
+        return int(self.stop_reason is None)
+
+    @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 
@@ -161,6 +170,15 @@ class Job:
     told_at: float = 0.0
 
     @property
+    def tenant(self) -> str:
+        return self.sample.tenant
+
+    @property
+    def num_rows(self) -> int:
+        """Of its samples, those that are not over."""
+        return self.request.num_samples - sum(s.stop_reason is not None for s in self.sequences)
+
+    @property
     def adapter(self) -> Adapter | None:
         return None if self.pooled is None else self.pooled.adapter
 
@@ -173,7 +191,7 @@ class Job:
     def owner(self) -> str:
         """Whose sequences may share cached prefixes: one tenant's, with one adapter."""
         adapter = self.sample.adapter
-        return f"{self.sample.tenant}\0{'' if adapter is None else adapter.adapter}"
+        return f"{self.tenant}\0{'' if adapter is None else adapter.adapter}"
 
     @property
     def reusable_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,37 @@ def test_a_cache_that_is_too_small_for_all_pauses_some(both: BothFactory) -> Non
         for i, ref in enumerate(snapshots(pair) * 2)
     )
     pair.run(samples=samples, decode_budget_s=120.0)
+    report = pair.crew.run(remote.run_tick, pair.config, Tick(1))[0][-1]
+    assert report.gauges["kv_blocks_free"] == report.gauges["kv_blocks"]
+
+
+def test_one_tenant_s_many_samples_keep_no_other_s_from_beginning(both: BothFactory) -> None:
+    """On both ranks: each one's part of the cache is full of them, as is the batch."""
+    config = SamplerConfig(kv_cache_tokens=512, max_batch=4, prefill_chunk_tokens=32)
+    pair = both("expert_parallel", sampler=config)
+    many = tuple(
+        make_sample(f"m{i}", [1, i], max_tokens=120, seed=i, num_samples=6, top_k=5) for i in range(2)
+    )
+    on_crew(pair, samples=many, decode_budget_s=1e-9)
+    for _ in range(40):
+        assert on_crew(pair, decode_budget_s=1e-9) == {}
+    few = tuple(
+        replace(make_sample(f"f{i}", list(range(i, 100)), max_tokens=3, seed=i, top_k=5), tenant="other")
+        for i in range(3)
+    )
+    found = on_crew(pair, samples=few, decode_budget_s=1e-9)
+    for _ in range(70):  # the second one of a rank begins when the others were served as much as the first
+        found |= on_crew(pair, decode_budget_s=1e-9)
+    assert set(found) == {"f0", "f1", "f2"}
+    found |= on_crew(pair, decode_budget_s=120.0)
+    alone = {
+        o.request_id: o
+        for o in pair.one.run(Tick(1, samples=(*many, *few), decode_budget_s=120.0))
+        if isinstance(o, Outcome)
+    }
+    for name, outcome in alone.items():
+        for mine, its in zip(found[name].value.sequences, outcome.value.sequences, strict=True):
+            assert mine.tokens.tolist() == its.tokens.tolist()
     report = pair.crew.run(remote.run_tick, pair.config, Tick(1))[0][-1]
     assert report.gauges["kv_blocks_free"] == report.gauges["kv_blocks"]
 

@@ -132,7 +132,7 @@ class SharedSampler(Sampler):
         self._members[sample.request_id] = _Member(owner, sample.request.num_samples)
         if owner == self._ranks.rank:
             try:
-                self._waiting.append(self._job(sample))
+                self._enter(self._job(sample))
             except (ValueError, OSError) as error:
                 self._outbox.append(refusal(sample, error))
 
@@ -145,22 +145,13 @@ class SharedSampler(Sampler):
             self._pool_is_full = False
 
     def _proposals(self) -> list[Proposal]:
-        """The waiting requests that this rank has room for, oldest first."""
-        if self._pool_is_full:
-            return []
-        found: list[Proposal] = []
-        num_sequences = sum(job.request.num_samples for job in self._running.values())
-        for job in self._waiting:
-            num_sequences += job.request.num_samples
-            if num_sequences > self._config.max_batch and (self._running or found):
-                break
-            found.append((job.sample.request_id, job.sample.adapter))
-        return found
+        """The waiting requests that this rank has room for, in turn."""
+        return [(job.sample.request_id, job.sample.adapter) for job in self._admissible()]
 
     def _admit_member(self, request_id: str, ref: AdapterRef | None) -> None:
         """On every rank: rows of this request come to all of them, wherever it is decoded."""
-        if self._pool_is_full:
-            return  # whoever comes later waits too, or this one would starve
+        if self._pool_is_full and ref is not None:
+            return  # see _admissible; ranks propose before they know that another's fills the pool
         member = self._members[request_id]
         error: Exception | None = None
         if ref is not None:
@@ -175,8 +166,8 @@ class SharedSampler(Sampler):
                 error = raised
         if member.owner != self._ranks.rank:
             return
-        job = self._waiting.popleft()
-        assert job.sample.request_id == request_id
+        job = next(job for job in self._waiting if job.sample.request_id == request_id)
+        self._waiting.remove(job)
         if error is not None:
             self._outbox.append(refusal(job.sample, error))
             return
