@@ -53,5 +53,8 @@ class MemoryCatalog:
     def remove_directory(self, directory: str) -> None:
         pass
 
+    def mark_deleted(self, directory: str, is_deleted: bool = True) -> None:
+        pass
+
     def close(self) -> None:
         pass

@@ -48,7 +48,7 @@ def test_a_checkpoint_is_listed_when_it_is_whole(checkpoints, catalog):
     with pytest.raises(NotFound):
         checkpoints.find("alice", PATH)
     assert checkpoints.is_saving(PATH)
-    checkpoints.release(("run", "weights", "n"))
+    checkpoints._release(("run", "weights", "n"))
     record = save(checkpoints)
     assert checkpoints.find("alice", PATH) == record
     assert not checkpoints.is_saving(PATH)
@@ -69,7 +69,7 @@ def test_a_name_is_taken_from_the_start_of_its_save_unless_overwriting(checkpoin
 
 def test_a_failed_save_frees_the_name(checkpoints):
     checkpoints.reserve("run", "weights", "n", False)
-    checkpoints.release(("run", "weights", "n"))
+    checkpoints._release(("run", "weights", "n"))
     save(checkpoints)
 
 
@@ -203,3 +203,46 @@ def test_what_cannot_be_deleted_stays_listed_and_expires_later(checkpoints, cata
     assert checkpoints.of_run("run") == []
     assert checkpoints.bytes_of("alice") == 0
     assert not Path(record.directory).exists()
+
+
+def test_a_reader_that_ends_spares_the_files_of_a_save_that_is_under_way(checkpoints):
+    old = save(checkpoints)
+    checkpoints.pin(old.directory)
+    directory = checkpoints.reserve("run", "weights", "n", overwrite=True)
+    checkpoints.delete(old)
+    checkpoints.unpin(directory)
+    assert Path(directory).is_dir()
+    checkpoints.commit(replace(old, size_bytes=0), 9)
+    assert checkpoints.find("alice", PATH).size_bytes == 9
+    assert list(Path(directory).iterdir()) == []
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_checkpoint_deleted_beside_a_save_that_fails_leaves_no_files(checkpoints, is_read):
+    old = save(checkpoints)
+    if is_read:
+        checkpoints.pin(old.directory)
+    directory = checkpoints.reserve("run", "weights", "n", overwrite=True)
+    checkpoints.delete(old)
+    checkpoints.discard(("run", "weights", "n"), directory)
+    assert Path(directory).is_dir() == is_read
+    if is_read:
+        checkpoints.unpin(directory)
+    assert not Path(directory).exists()
+
+
+def test_what_was_deleted_while_it_was_read_goes_at_the_next_start(tmp_path):
+    catalog = Catalog(tmp_path)
+    checkpoints = Checkpoints(catalog)
+    read, other = save(checkpoints), save(checkpoints, "other")
+    checkpoints.pin(read.directory)
+    checkpoints.delete(read)
+    unlisted = Path(catalog.directory_for("run", "weights", "unlisted"))
+    unlisted.mkdir()
+    catalog.close()
+    catalog = Catalog(tmp_path)
+    catalog.load_all()
+    assert not Path(read.directory).exists()
+    assert Path(other.directory).is_dir()
+    assert unlisted.is_dir(), "the rows may be of an older backup"
+    catalog.close()

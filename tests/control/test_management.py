@@ -155,7 +155,7 @@ async def test_a_checkpoint_is_not_copied_while_it_is_saved(tmp_path: Path) -> N
         here.plane._books.checkpoints.reserve(here.run, "weights", "one", overwrite=True)
         with pytest.raises(BackendUnavailable, match="is being saved anew"):
             await here.copy()
-        here.plane._books.checkpoints.release((here.run, "weights", "one"))
+        here.plane._books.checkpoints._release((here.run, "weights", "one"))
         await here.copy()
 
 

@@ -6,6 +6,7 @@ Knows records, pins and the catalogue. Does not know how a checkpoint is written
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from twinkle_serve.storage.records import CheckpointRecord
 if TYPE_CHECKING:
     from twinkle_serve.storage.catalog import Catalog
 
+logger = logging.getLogger(__name__)
 MIN_TTL_S = 3600
 MAX_TTL_S = 10 * 365 * 86400
 Key = tuple[str, str, str]
@@ -55,7 +57,7 @@ class Checkpoints:
         self.noted: Noted = lambda event, record: None
         self._saving: Counter[Key] = Counter()
         self._pins: Counter[str] = Counter()
-        self._doomed: set[str] = set()
+        self._doomed: dict[str, Key] = {}  # by directory: deleted, and still being read
         self._expiry: list[tuple[float, Key]] = []
 
     def restore(self, record: CheckpointRecord) -> None:
@@ -86,28 +88,41 @@ class Checkpoints:
 
     def commit(self, record: CheckpointRecord, size_bytes: int) -> None:
         """The save is over, and on disk: list it. If this raises, it has failed."""
-        record = replace(record, size_bytes=size_bytes)
-        self._doomed.discard(record.directory)
+        record, key = replace(record, size_bytes=size_bytes), key_of(record)
+        if self._doomed.pop(record.directory, None) is not None:
+            self._catalog.mark_deleted(record.directory, False)  # what is there now is this save's
         try:
             self._catalog.put_checkpoint(record)
         except Exception:
-            self.discard(key_of(record), record.directory)
+            self.discard(key, record.directory)
             raise
-        self.release(key_of(record))
+        self._release(key)
         self.restore(record)
         self.noted("created", record)
 
-    def release(self, key: Key) -> None:
-        """The save is over, well or not."""
+    def discard(self, key: Key, directory: str) -> None:
+        """The save is over, and failed."""
+        self._release(key)
+        try:
+            self._clear(key, directory)
+        except OSError as error:
+            logger.error("the files of %s, which failed to be saved, are left: %s", path_of(key), error)
+
+    def _release(self, key: Key) -> None:
         self._saving[key] -= 1
         if not self._saving[key]:
             del self._saving[key]
 
-    def discard(self, key: Key, directory: str) -> None:
-        """The save is over, and failed when its files may have been there already."""
-        self.release(key)
-        if key not in self._records and not self._saving[key]:
-            self._catalog.remove_directory(directory)
+    def _clear(self, key: Key, directory: str) -> None:
+        """Remove files that nobody lists, writes or reads; whoever ends the last of these calls again."""
+        if key in self._records or self._saving[key]:
+            return
+        if self._pins[directory]:
+            self._doomed[directory] = key
+            self._catalog.mark_deleted(directory)  # in case that this process ends first
+            return
+        self._doomed.pop(directory, None)
+        self._catalog.remove_directory(directory)
 
     def is_saving(self, path: str) -> bool:
         """Whether a save to that path is under way; whoever wants to read it should wait."""
@@ -170,8 +185,7 @@ class Checkpoints:
         if not self._pins[directory]:
             del self._pins[directory]
             if directory in self._doomed:
-                self._doomed.remove(directory)
-                self._catalog.remove_directory(directory)
+                self._clear(self._doomed[directory], directory)
 
     # changing -------------------------------------------------------------------------------------
 
@@ -195,10 +209,11 @@ class Checkpoints:
         del self._records[key]
         del self._by_run[record.run_id][key]
         del self._by_tenant[record.tenant][key]
+        # An overwriting save brings its own files there.
         if self._pins[record.directory]:
-            self._doomed.add(record.directory)
-        elif not self._saving[key]:  # an overwriting save brings its own files there
-            self._catalog.remove_directory(record.directory)
+            self._doomed[record.directory] = key
+            self._catalog.mark_deleted(record.directory)
+        self._clear(key, record.directory)
         self.noted(event, record)
 
     def expire(self, now: float) -> None:

@@ -81,7 +81,7 @@ def save_order(
         return {"path": path_of(key_of(record)), "size_bytes": size_bytes}
 
     def over(_: Failure | None = None) -> None:
-        checkpoints.release(key_of(record))
+        checkpoints.discard(key_of(record), directory)
 
     assembly.flights[entry.request_id] = Flight(
         entry.request_id, saved, over, over, proof_of(command), outlives_tick=True

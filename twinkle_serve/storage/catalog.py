@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,6 +31,7 @@ from twinkle_serve.storage.tie import tie
 _log = logging.getLogger(__name__)
 _MAX_SEGMENT_BYTES = 200
 CHECKPOINTS = "checkpoints"
+_DELETED = ".deleted"
 Record = SessionRecord | RunRecord | SamplerRecord | LossRecord | CheckpointRecord
 
 # Each table is its key, the tenant, and the whole record as JSON: a field that a later version adds with a
@@ -139,11 +140,13 @@ class Catalog:
         checkpoint whose files are not all there leaves the list with a line in the log."""
         for path in checkpoints.sweep(self._checkpoints):
             _log.warning("swept %s, left by a writer that was killed", path)
+        rows = self._load(CheckpointRecord)
+        self._remove_deleted(rows)
         return Contents(
             tuple(self._load(SessionRecord)),
             tuple(self._load(RunRecord)),
             tuple(self._load(SamplerRecord)),
-            tuple(whole for record in self._load(CheckpointRecord) if (whole := self._checked(record))),
+            tuple(whole for record in rows if (whole := self._checked(record))),
             tuple(self._load(LossRecord)),
         )
 
@@ -164,6 +167,15 @@ class Catalog:
         assert path.resolve().is_relative_to(self._checkpoints.resolve()), path
         checkpoints.remove_checkpoint(path)
 
+    def mark_deleted(self, directory: str | Path, is_deleted: bool = True) -> None:
+        """Say on disk that nobody lists this checkpoint, whose files are still being read: if this process
+        dies before ``remove_directory``, ``load_all`` removes them."""
+        mark = Path(directory) / _DELETED
+        try:
+            mark.touch() if is_deleted else mark.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s is not marked as deleted: %s", directory, error)
+
     def files(self, directory: str | Path) -> dict[str, int]:
         """Relative name to size in bytes of every file of a checkpoint. Raises CheckpointError."""
         sizes = {name: entry["size"] for name, entry in checkpoints.read_manifest(directory)["files"].items()}
@@ -183,6 +195,14 @@ class Catalog:
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(_TABLES[kind].c.record)).scalars().all()
         return sorted((_record(kind, json.loads(row)) for row in rows), key=lambda record: record.created_at)
+
+    def _remove_deleted(self, listed: Iterable[CheckpointRecord]) -> None:
+        """Only what is marked, never what merely has no row: the rows may be an older backup's."""
+        kept = {self.directory_for(record.run_id, record.kind, record.name) for record in listed}
+        for mark in list(self._checkpoints.glob(f"*/*/*/{_DELETED}")):
+            if str(mark.parent) not in kept:
+                checkpoints.remove_checkpoint(mark.parent)
+                _log.warning("removed %s, deleted while it was being read", mark.parent)
 
     def _checked(self, record: CheckpointRecord) -> CheckpointRecord | None:
         """The record with what is really on disk, or None when the checkpoint is not whole.
