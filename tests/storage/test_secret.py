@@ -6,6 +6,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from twinkle_serve.storage.secret import shared_secret
 
 
@@ -21,3 +23,10 @@ def test_only_the_owner_can_read_it_and_no_draft_is_left(tmp_path: Path) -> None
     shared_secret(tmp_path)
     assert os.listdir(tmp_path) == ["signing.key"]
     assert (tmp_path / "signing.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("num_bytes", [0, 31, 33])
+def test_a_damaged_one_is_refused(tmp_path: Path, num_bytes: int) -> None:
+    (tmp_path / "signing.key").write_bytes(bytes(num_bytes))
+    with pytest.raises(OSError, match=rf"signing\.key is damaged: {num_bytes} bytes"):
+        shared_secret(tmp_path)
