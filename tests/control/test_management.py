@@ -15,7 +15,8 @@ from tests.control.echo_group import EchoGroup
 from tests.control.plane import TENANT, Client, control_plane
 from twinkle_serve.control.backend import Invalid, SaveCommand, UnloadCommand
 from twinkle_serve.control.service import ControlPlane
-from twinkle_serve.protocol.errors import BackendUnavailable
+from twinkle_serve.protocol.errors import BackendUnavailable, Busy
+from twinkle_serve.protocol.work import Failure
 from twinkle_serve.storage import checkpoints
 from twinkle_serve.storage.catalog import Catalog
 
@@ -175,3 +176,19 @@ async def test_a_damaged_checkpoint_is_not_copied(tmp_path: Path, caplog: pytest
             await here.copy()
         assert "sha256 differs" in caplog.text
         assert await here.copy("two") == here.path("two", 7)
+
+
+async def test_copies_that_are_being_made_count_and_a_full_server_makes_none(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        books = here.plane._books
+        size = books.checkpoints.find(TENANT, here.path()).size_bytes
+        room = books.checkpoints.bytes_of(TENANT) + 2 * size
+        limits = books.quotas._limits
+        tight = limits.tenant.model_copy(update={"checkpoint_bytes": room})
+        with patch.object(books.quotas, "_limits", limits.model_copy(update={"tenant": tight})):
+            made = await asyncio.gather(*(here.copy(number=7 + n) for n in range(5)), return_exceptions=True)
+        assert [isinstance(outcome, Busy) for outcome in made] == [False, False, True, True, True]
+        assert books.checkpoints._held == {}
+        full_server = patch.object(here.plane, "no_room_for_a_copy", lambda: Failure("full", "server"))
+        with full_server, pytest.raises(Busy, match="full"):
+            await here.copy(number=20)

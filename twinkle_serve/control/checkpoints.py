@@ -56,6 +56,7 @@ class Checkpoints:
         self.sizes: Counter[str] = Counter()  # bytes by tenant
         self.noted: Noted = lambda event, record: None
         self._saving: Counter[Key] = Counter()
+        self._held: dict[Key, tuple[str, int]] = {}  # of copies that are being made: whose, and bytes
         self._pins: Counter[str] = Counter()
         self._doomed: dict[str, Key] = {}  # by directory: deleted, and still being read
         self._expiry: list[tuple[float, Key]] = []
@@ -75,8 +76,11 @@ class Checkpoints:
 
     # saving ---------------------------------------------------------------------------------------
 
-    def reserve(self, run_id: str, kind: str, name: str, overwrite: bool) -> str:
-        """Take a name for a save that starts now; the directory to write. Raises UserError."""
+    def reserve(
+        self, run_id: str, kind: str, name: str, overwrite: bool, held: tuple[str, int] | None = None
+    ) -> str:
+        """Take a name for a save that starts now; the directory to write. held: whose, and how many bytes,
+        count from now on, if that is known. Raises UserError."""
         key = (run_id, kind, validate_name(name))
         if not overwrite and (key in self._records or self._saving[key]):
             raise UserError(f"checkpoint {path_of(key)} exists already; pass overwrite=True to replace it")
@@ -84,6 +88,8 @@ class Checkpoints:
         if directory in self._doomed:
             raise UserError(f"checkpoint {path_of(key)} was deleted but is still being read; try again later")
         self._saving[key] += 1
+        if held is not None:
+            self._held[key] = held
         return directory
 
     def commit(self, record: CheckpointRecord, size_bytes: int) -> None:
@@ -110,6 +116,7 @@ class Checkpoints:
 
     def _release(self, key: Key) -> None:
         self._saving[key] -= 1
+        self._held.pop(key, None)
         if not self._saving[key]:
             del self._saving[key]
 
@@ -161,12 +168,12 @@ class Checkpoints:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tenants."""
-        return self.sizes.total()
+        """Of all tenants, copies that are being made included."""
+        return self.sizes.total() + sum(size for _, size in self._held.values())
 
     def bytes_of(self, tenant: str) -> int:
-        """The size of all that is listed for the tenant."""
-        return self.sizes[tenant]
+        """The size of all that is listed for the tenant or being copied for it."""
+        return self.sizes[tenant] + sum(size for owner, size in self._held.values() if owner == tenant)
 
     def files(self, record: CheckpointRecord) -> dict[str, str]:
         """Each file's name within the checkpoint to its absolute path."""

@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from twinkle_serve.control.backend import Invalid, SessionQuery
+from twinkle_serve.control.books import Books
 from twinkle_serve.control.checkpoints import Key, check_ttl, key_of, path_of
 from twinkle_serve.control.on_record import OnRecord
 from twinkle_serve.control.runs import run_id_for
 from twinkle_serve.control.search import matches, place_of, summary
 from twinkle_serve.control.usage import project_of
-from twinkle_serve.protocol.errors import BackendUnavailable, UserError
+from twinkle_serve.protocol.errors import BackendUnavailable, Busy, UserError
+from twinkle_serve.protocol.work import Failure
 from twinkle_serve.storage.checkpoints import CheckpointError, read_manifest
 from twinkle_serve.storage.records import CheckpointRecord, RunRecord
 
@@ -27,7 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class Management(OnRecord):
-    """See control.backend.Backend for what each method promises."""
+    """See control.backend.Backend for what each method promises. no_room_for_a_copy: why none may be made."""
+
+    def __init__(self, books: Books) -> None:
+        super().__init__(books)
+        self.no_room_for_a_copy: Callable[[], Failure | None] = lambda: None
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def copy_checkpoint(
         self,
@@ -57,6 +65,9 @@ class Management(OnRecord):
         self._check_not_replaced(source)
         self._check_free(source, session_id, number)
         books.quotas.check_checkpoints(tenant)
+        no_room = self.no_room_for_a_copy()
+        if no_room is not None:
+            raise Busy(no_room.message)
         await self._copy(source, tenant, session_id, number, key, ttl_seconds)
         return path_of(key)
 
@@ -71,9 +82,10 @@ class Management(OnRecord):
     ) -> None:
         """The files are linked, not written again. The new run holds the copy and cannot be trained."""
         books, now = self._books, self._books.clock.now()
-        directory = books.checkpoints.reserve(*key, overwrite=False)
+        held = tenant, source.size_bytes
+        directory = books.checkpoints.reserve(*key, overwrite=False, held=held)
         try:
-            size = await self._copy_files(source, directory)
+            size = await self._copy_files(source, tenant, directory)
             self._check_free(source, session_id, number)
             self._make_holder(source, tenant, session_id, number, now)
         except BaseException:
@@ -93,12 +105,13 @@ class Management(OnRecord):
         assert key_of(copy) == key
         books.checkpoints.commit(copy, size)
 
-    async def _copy_files(self, source: CheckpointRecord, directory: str) -> int:
+    async def _copy_files(self, source: CheckpointRecord, tenant: str, directory: str) -> int:
         """The size of what is at ``directory`` then: what the save wrote that ``source`` is the record of."""
         checkpoints = self._books.checkpoints
         checkpoints.pin(source.directory)
         try:
-            size = await asyncio.to_thread(checkpoints.copy_files, source, directory)
+            async with self._turns[tenant]:  # one at a time: hashing takes long, and threads are for all
+                size = await asyncio.to_thread(checkpoints.copy_files, source, directory)
         except CheckpointError as error:
             self._check_not_replaced(source)
             path = path_of(key_of(source))

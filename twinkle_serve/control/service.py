@@ -90,6 +90,7 @@ class ControlPlane(Management):
             self._keeper = Keeper(self._books, durability, config.storage, retention_s, new_token)
             self._keeper.parked = lambda run: self._drivers[run.group].park(run)
             self._keeper.unreadable = self._fall_back
+            self.no_room_for_a_copy = self._keeper.no_room_for_a_save
             recover = self._replay
         self._recover = recover
         self._accept = Acceptance(self._books, self._keeper)

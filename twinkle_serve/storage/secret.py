@@ -34,7 +34,7 @@ def shared_secret(root: str | Path) -> bytes:
     secret = path.read_bytes()
     if len(secret) != _NUM_BYTES:
         raise OSError(
-            f"{path} is damaged: {len(secret)} bytes instead of {_NUM_BYTES}; put back its backup, or remove it "
-            "and with it all keys, links and sign-ins"
+            f"{path} is damaged: {len(secret)} bytes instead of {_NUM_BYTES}; put back its backup, or "
+            "remove it and with it all keys, links and sign-ins"
         )
     return secret
