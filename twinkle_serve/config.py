@@ -144,6 +144,7 @@ class TenantLimits(Strict):
         "ask about their prompts, bytes",
     )
     live_runs: int = Field(256, ge=1, description="runs with an adapter; the creation of further ones waits")
+    sessions: int = Field(4096, ge=1, description="active sessions; further ones wait until some end")
     checkpoint_bytes: int = Field(
         2**40, ge=2**20, description="size of all checkpoints; at the limit saves wait until some are deleted"
     )

@@ -12,7 +12,7 @@ import pytest
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import Client, control_plane, make_config, optim
 from tests.control.virtual_time import virtual
-from twinkle_serve.config import Config, LimitsConfig
+from twinkle_serve.config import Config, LimitsConfig, TenantLimits
 from twinkle_serve.control.backend import Poll, SaveCommand, UnloadCommand
 from twinkle_serve.protocol.errors import CAPACITY, RATE, Busy
 
@@ -249,3 +249,17 @@ async def test_the_planner_weighs_as_configured(tmp_path: Path) -> None:
             client = await Client(plane, tenant).open()
             await client.create()
             assert plane._drivers["base"].planner._tenants[tenant].weight == weight
+
+
+@virtual
+async def test_who_has_too_many_active_sessions_waits_until_some_end(tmp_path):
+    limits = make_config().limits.model_copy(update={"tenant": TenantLimits(sessions=2)})
+    config = make_config().model_copy(update={"limits": limits})
+    async with control_plane(tmp_path, config=config) as plane:
+        first = await plane.create_session("alice", {})
+        await plane.create_session("alice", {})
+        with pytest.raises(Busy, match=r"limits\.tenant\.sessions"):
+            await plane.create_session("alice", {})
+        await plane.create_session("bob", {})
+        await plane.finish_session("alice", first, {})
+        await plane.create_session("alice", {})

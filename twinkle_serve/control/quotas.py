@@ -76,6 +76,12 @@ class Quotas:
                 f"above {limits.pending_bytes}"
             )
 
+    def check_sessions(self, tenant: str) -> None:
+        """Raises Busy when the tenant has as many active sessions as it may have."""
+        most = self.of(tenant).sessions
+        if self._sessions.num_active_of(tenant) >= most:
+            raise Busy(f"you have {most} active sessions (limits.tenant.sessions); finish some", CAPACITY)
+
     def check_checkpoints(self, tenant: str) -> None:
         """Raises Busy when the tenant's checkpoints leave no room for another."""
         reason = self._full(tenant)

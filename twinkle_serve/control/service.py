@@ -213,6 +213,7 @@ class ControlPlane(Management):
     # sessions -------------------------------------------------------------------------------------
 
     async def create_session(self, tenant: str, info: Mapping[str, Any]) -> str:
+        self._books.quotas.check_sessions(tenant)
         return self._books.sessions.create(tenant, info, self._clock.now())
 
     async def heartbeat(self, tenant: str, session_id: str) -> bool:

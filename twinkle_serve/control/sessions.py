@@ -68,6 +68,9 @@ class Sessions:
     def num_active(self) -> int:
         return len(self._active)
 
+    def num_active_of(self, tenant: str) -> int:
+        return sum(session.record.tenant == tenant for session in self._active.values())
+
     def exists(self, session_id: str) -> bool:
         return session_id in self._sessions
 
