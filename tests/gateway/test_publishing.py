@@ -71,6 +71,17 @@ async def test_a_published_adapter_is_in_a_private_repository_of_its_owner(
         assert TOKEN not in caplog.text
 
 
+async def test_what_its_owner_deleted_at_the_site_is_pushed_again(tmp_path: Path, site: Site) -> None:
+    async with world(tmp_path, auth=auth(site)) as here:
+        owner, base = await owner_with_adapter(here)
+        for commits in (1, 2):
+            site.repositories.clear()
+            for _ in range(2):
+                assert (await owner.request("POST", f"{base}/publish")).status_code == 204
+            assert list(site.repositories.values()) == [FILES]
+            assert site.commits == commits
+
+
 async def test_only_the_owner_publishes_and_nothing_is_pushed_for_others(tmp_path: Path, site: Site) -> None:
     async with world(tmp_path, auth=auth(site)) as here:
         _, base = await owner_with_adapter(here)

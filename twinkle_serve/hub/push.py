@@ -38,15 +38,18 @@ def push(order: Order) -> str:
 
     api = HubApi(endpoint=order.endpoint, token=order.token)
     repository = f"{api.whoami().username}/{order.name}"
-    done = json.dumps({"repository": repository, "content": order.content})
+    done = json.dumps({"at": order.endpoint, "repository": repository, "content": order.content})
     Path(order.memo).parent.mkdir(parents=True, exist_ok=True)
     with open(order.memo, "a+") as memo:
         fcntl.flock(memo, fcntl.LOCK_EX)
         memo.seek(0)
-        if memo.read() == done:
-            return repository
-        if not api.repo_exists(repository, "model"):
+        is_done = memo.read() == done
+        if not api.repo_exists(repository, "model"):  # never made, or deleted by its owner since
+            is_done = False
+            memo.truncate(0)  # or, should this fail halfway, the next push would take it for done
             api.create_repo(repository, "model", visibility=order.visibility, description="A LoRA adapter")
+        if is_done:
+            return repository
         # Links, so that what is deleted meanwhile is still pushed whole.
         with tempfile.TemporaryDirectory(dir=Path(order.memo).parent) as staging:
             for name, path in order.files.items():
