@@ -172,9 +172,9 @@ class LimitsConfig(Strict):
     results_max_bytes: int = Field(
         4 * 2**30,
         ge=2**20,
-        description="memory for finished results, in equal parts for all tenants that have some; above it new "
-        "requests of those with more than their part wait, and of their results the oldest that were fetched, "
-        "and then the oldest of samples, go before their time, bytes",
+        description="memory for finished results, in equal parts for all tenants that have some; above it "
+        "new requests of those with more than their part wait, and of their results the oldest that were "
+        "fetched, and then the oldest of samples, go before their time, bytes",
     )
     session_expiry_s: float = Field(
         600.0, ge=120, description="a session without heartbeat expires after this"
@@ -182,9 +182,9 @@ class LimitsConfig(Strict):
     run_retention_s: float | None = Field(
         7 * 86400.0,
         gt=0,
-        description="a run whose session has expired is unloaded, and leaves the disk, when nothing was heard "
-        "of both for so long; null: never. One of a finished session is unloaded at once. Checkpoints stay. "
-        "Seconds",
+        description="a run whose session has expired is unloaded, and leaves the disk, when nothing was "
+        "heard of both for so long; null: never. One of a finished session is unloaded at once. Checkpoints "
+        "stay. Seconds",
     )
     sample_abandon_s: float = Field(
         120.0, gt=0, description="a sample that nobody polled for so long is dropped; a held poll counts"

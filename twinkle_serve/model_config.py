@@ -142,9 +142,13 @@ class ModelConfig(Strict):
     load_deadline_s: float = Field(
         3600.0, gt=0, description="longest time for finding room for the ranks and loading the model, seconds"
     )
-    host_page_bytes: int = Field(4 * 2**30, ge=0, description="paged adapters kept in host memory, bytes")
+    host_page_bytes: int = Field(
+        4 * 2**30, ge=0, description="paged adapters each rank keeps in host memory, bytes"
+    )
     disk_page_bytes: int = Field(
-        64 * 2**30, ge=0, description="paged adapters kept on disk, bytes; at the limit new runs wait"
+        64 * 2**30,
+        ge=0,
+        description="paged adapters each rank keeps on disk, bytes; at the limit new runs wait",
     )
     page_dir: Path | None = Field(
         None,

@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self) -> None:
         clock = SimpleNamespace(now=lambda: 1000.0)
-        self.books = open_books(MemoryCatalog(), clock, LimitsConfig(), 300.0)
+        self.books = open_books(MemoryCatalog(), clock, LimitsConfig(), lambda base_model: 300.0)
         self.residency = Residency(2)
         self.assembler = Assembler("base", self.books, self.residency, 4096, False)
         self.assembly = Assembly()

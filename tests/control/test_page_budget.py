@@ -38,6 +38,23 @@ def test_a_new_run_waits_for_room_and_says_so(tmp_path):
     run(scenario())
 
 
+def test_the_budget_is_that_of_each_rank(tmp_path):
+    async def scenario() -> None:
+        group = EchoGroup(max_slots=2)
+        group.bytes_per_page = 20  # 10 on each of two ranks
+        config = small_pages()
+        models = [config.models[0].model_copy(update={"ranks": 2})]
+        async with control_plane(tmp_path, group, config.model_copy(update={"models": models})) as plane:
+            client = await Client(plane).open()
+            for number in range(5):
+                await client.create(number)
+            waiting = await plane.create_model(client.tenant, client.session, 5, "base", LoraSpec(8), {})
+            await asyncio.sleep(60)
+            assert (await plane.poll(client.tenant, waiting, 0.0)).state == "pending"
+
+    run(scenario())
+
+
 def test_runs_that_exist_go_on_while_new_ones_wait(tmp_path):
     async def scenario() -> None:
         group = EchoGroup(max_slots=2)

@@ -20,7 +20,7 @@ def saved() -> list[RunRecord]:
 
 @pytest.fixture
 def runs(saved) -> Runs:
-    return Runs(300.0, saved.append)
+    return Runs(lambda base_model: 300.0, saved.append)
 
 
 def test_the_id_is_what_the_sdk_computes():
@@ -79,7 +79,7 @@ def test_listing_is_newest_first(runs):
 
 def test_a_run_that_cannot_be_saved_does_not_exist_and_may_be_created_again(saved):
     full = [True]
-    runs = Runs(300.0, lambda record: 1 / 0 if full[0] else saved.append(record))
+    runs = Runs(lambda base_model: 300.0, lambda record: 1 / 0 if full[0] else saved.append(record))
     with pytest.raises(ZeroDivisionError):
         runs.create(record())
     assert runs.of_tenant("alice") == runs.of_model("base") == []

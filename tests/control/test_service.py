@@ -9,7 +9,8 @@ import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.plane import TENANT, Client, control_plane, make_config, optim
-from tests.control.virtual_time import virtual
+from tests.control.virtual_time import VirtualClock, virtual
+from twinkle_serve.config import Config
 from twinkle_serve.control.backend import (
     Invalid,
     LoadCommand,
@@ -18,9 +19,11 @@ from twinkle_serve.control.backend import (
     SnapshotCommand,
     UnloadCommand,
 )
+from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.errors import BackendUnavailable
 from twinkle_serve.protocol.work import Failure
+from twinkle_serve.storage.catalog import Catalog
 
 
 def now() -> float:
@@ -85,6 +88,30 @@ async def test_a_hole_is_given_up_on_time_and_the_run_goes_on(tmp_path):
         late = await client.failure(await client.submit(run, 2, pass_command("late")))
         assert "too late" in late.message
         assert await client.do(run, 5, pass_command("e")) == ("create", "a", "e")
+
+
+@virtual
+async def test_each_base_model_has_its_own_time_for_a_hole(tmp_path):
+    config = Config.model_validate(
+        {
+            "models": [
+                {"name": name, "path": "nowhere", "planner": {"gap_timeout_s": seconds}}
+                for name, seconds in (("base", 300), ("quick", 5))
+            ]
+        }
+    )
+    groups = {name: EchoGroup(name) for name in ("base", "quick")}
+    plane = ControlPlane(groups, Catalog(tmp_path, "sqlite://"), config, VirtualClock())
+    await plane.start()
+    client = await Client(plane).open()
+    for number, (base_model, seconds) in enumerate((("base", 300), ("quick", 5))):
+        birth = await plane.create_model(TENANT, client.session, number, base_model, LoraSpec(8), {})
+        run = (await client.result(birth))["model_id"]
+        started = now()
+        waiting = await client.submit(run, 2, pass_command("b"))
+        assert f"did not arrive within {seconds} s" in (await client.failure(waiting)).message
+        assert now() - started == pytest.approx(seconds, abs=0.1)
+    await plane.close()
 
 
 @virtual

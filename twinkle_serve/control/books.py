@@ -72,7 +72,7 @@ def open_books(
     catalog: Catalog,
     clock: Clock,
     limits: LimitsConfig,
-    gap_timeout_s: float,
+    gap_timeout_s: Callable[[str], float],
     new_token: Callable[[], str] = random_token,
     meter: Meter | None = None,
     name_of: Callable[[str], str] = own_name,

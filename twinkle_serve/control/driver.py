@@ -90,7 +90,8 @@ class GroupDriver:
         if keeper is not None:
             keeper.wakes[self.name] = self.wake
         self._cancels: list[str] = []
-        self._page_bytes = config.host_page_bytes + config.disk_page_bytes
+        # Each rank has this much for itself, and what is reported is what all have together.
+        self._page_bytes = (config.host_page_bytes + config.disk_page_bytes) * config.ranks
         self._reported: Mapping[str, float] = {}
         self._event = asyncio.Event()
         self._closing = False

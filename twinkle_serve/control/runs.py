@@ -58,9 +58,10 @@ def run_id_for(session_id: str, model_seq_id: int) -> str:
 
 
 class Runs:
-    """All runs of all tenants. ``save`` is called with each record that changed."""
+    """All runs of all tenants. ``save`` is called with each record that changed. gap_timeout_s: by base
+    model, how long a run waits for a seq_id that does not come."""
 
-    def __init__(self, gap_timeout_s: float, save: Callable[[RunRecord], object]) -> None:
+    def __init__(self, gap_timeout_s: Callable[[str], float], save: Callable[[RunRecord], object]) -> None:
         self._gap_timeout_s = gap_timeout_s
         self._save = save
         self._runs: dict[str, Run] = {}
@@ -121,7 +122,8 @@ class Runs:
 
     def _add(self, record: RunRecord, down: Failure, first_seq_id: int | None) -> Run:
         assert record.run_id not in self._runs
-        run = Run(record, CommandLog(self._gap_timeout_s, first_seq_id), down, record.last_request_at)
+        log: CommandLog[RunCommand] = CommandLog(self._gap_timeout_s(record.base_model), first_seq_id)
+        run = Run(record, log, down, record.last_request_at)
         self._runs[record.run_id] = run
         self._by_tenant.setdefault(record.tenant, []).append(record.run_id)
         return run

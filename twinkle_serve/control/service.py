@@ -44,6 +44,7 @@ from twinkle_serve.control.samplers import sampler_id_for
 from twinkle_serve.control.sampling import Sampling
 from twinkle_serve.control.training import Training
 from twinkle_serve.control.watch import Watch
+from twinkle_serve.model_config import PlannerConfig
 from twinkle_serve.protocol.data import LoraSpec, SampleRequest
 from twinkle_serve.protocol.work import Failure, ModelInfo
 from twinkle_serve.storage.records import SamplerRecord
@@ -79,10 +80,12 @@ class ControlPlane(Management):
         and runs of a group that died. new_token: where unguessable ids come from. durability: with it nothing
         accepted is lost, and ``recover`` is not asked. meter: where numbers for operators go. name_of: see
         Quotas. ledger: where usage is kept."""
-        gap_timeout_s = min(model.planner.gap_timeout_s for model in config.models)
+        self._planners = {model.name: model.planner for model in config.models}
         self._clock = clock or SystemClock()
         super().__init__(
-            open_books(catalog, self._clock, config.limits, gap_timeout_s, new_token, meter, name_of, ledger)
+            open_books(
+                catalog, self._clock, config.limits, self._gap_timeout_s, new_token, meter, name_of, ledger
+            )
         )
         self._keeper: Keeper | None = None
         if durability is not None:
@@ -134,6 +137,7 @@ class ControlPlane(Management):
         """Serve with one group more, loaded, of a new base model or of one that is served already."""
         assert name not in self._drivers
         trained = self._trained()
+        self._planners[config.name] = config.planner
         self._drivers[name] = self._make_driver(name, group, config)
         if self._keeper is not None and group.info.name in self._trained() - trained:
             self._take_up(self._waiting, {group.info.name})
@@ -142,6 +146,9 @@ class ControlPlane(Management):
     def expect(self, base_models: Iterable[str]) -> None:
         """These are deployed now; groups of those that are new follow once they are loaded."""
         self._drivers.expected = set(base_models)
+
+    def _gap_timeout_s(self, base_model: str) -> float:
+        return self._planners.get(base_model, PlannerConfig()).gap_timeout_s
 
     def _trained(self) -> set[str]:
         """The base models that have a group in which runs live."""
