@@ -25,6 +25,7 @@ COMMANDS = [
     BirthCommand(),
     BirthCommand("tinker://a/weights/b", True),
     PassCommand(DATUMS, (2, 3), "ppo", {"clip_low": 0.8, "mode": "x"}, True),
+    PassCommand(DATUMS, (2, 3), "custom", {"graph": "{}"}, True, 640),
     OptimCommand(AdamParams(1e-4, 0.9, 0.95, 1e-12, 0.01, 1.0)),
     SaveCommand("weights", None),
     SaveCommand("sampler_weights", "naïve \0", 3600, True, {"a": "b"}),

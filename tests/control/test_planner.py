@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +107,27 @@ def test_a_request_above_the_budget_goes_alone():
     ticks = [bench.tick(), bench.tick()]
     assert sorted(len(tick) for tick in ticks) == [1, 1]
     assert tokens(ticks[0]) + tokens(ticks[1]) == {"a": 1000, "b": 10}
+
+
+def costly(tag: str):
+    """Few tokens and a loss that takes as long as 80."""
+    return replace(pass_command(tag, 5), loss_tokens=80)
+
+
+def test_passes_with_costly_losses_do_not_share_a_tick_however_few_their_tokens_are():
+    spent: list[int] = []
+    bench = Bench(tick_tokens=100, spend=lambda tenant, tokens: spent.append(tokens))
+    bench.send("a/0", costly("p"), costly("q"), optim())
+    assert [len(bench.tick()["a/0"]) for _ in range(2)] == [1, 2]
+    assert spent == [5, 5, 0]  # rates and bills are in tokens of datums
+
+
+def test_a_costly_loss_is_paid_for_by_its_tenant():
+    bench = Bench(tick_tokens=100)
+    bench.send("a/0", *(costly(f"p{i}") for i in range(20)))
+    bench.send("b/0", *(pass_command(f"q{i}", 20) for i in range(20)))
+    count = Counter(run for _ in range(5) for run, commands in bench.tick().items() for _ in commands)
+    assert count["b/0"] >= 3 * count["a/0"]
 
 
 def test_barriers_join_a_tick_whose_budget_is_spent():

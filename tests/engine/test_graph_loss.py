@@ -20,6 +20,7 @@ from twinkle_serve.engine.graph_operations import (
     OPERATOR_FUNCTIONS,
     num_elements,
 )
+from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.protocol.data import Column, DatumBatch
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.graph_names import TENSOR_OPERATIONS
@@ -43,6 +44,15 @@ def random_datums(
             inputs["mask"][0] = 1.0
         data.append(inputs | {"target_tokens": torch.ones(target_shape, dtype=torch.int64)})
     return logprobs, data
+
+
+def test_every_datum_is_a_sign_of_life() -> None:
+    """No layer beats while losses are computed, and a microbatch of them may take long."""
+    graph = uploaded(reinforce, logprobs=1, advantages=1)
+    logprobs, data = random_datums({"logprobs": 1, "advantages": 1})
+    before = PULSE.count
+    on_the_server(graph, logprobs, data)
+    assert PULSE.count - before == len(data)
 
 
 def on_the_server(

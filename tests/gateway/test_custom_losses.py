@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from tests.engine.traced import distilled, k3_penalty, picked, reinforce, wire
 from tests.gateway.scripted import ScriptedBackend
@@ -67,6 +68,19 @@ async def test_a_request_carries_the_whole_loss(client: httpx.AsyncClient, backe
     }
     await last_command(client, backend, training(inputs, seq_id=2))
     assert len(backend.asked("custom_loss")) == 1  # it never changes
+
+
+async def test_a_request_costs_what_its_nodes_do_if_that_is_more_than_its_tokens(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    def long(logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        for _ in range(62):
+            logprobs = torch.tanh(logprobs)
+        return logprobs.sum(), {}
+
+    await create(client, long, logprobs=1)
+    command = await last_command(client, backend, training(*[{"target_tokens": TARGETS}] * 7))
+    assert (sum(command.lengths), command.loss_tokens) == (14, 64 * 7 // 32)
 
 
 async def test_columns_keep_their_kind_and_width(client: httpx.AsyncClient, backend: ScriptedBackend) -> None:

@@ -45,13 +45,17 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class PassCommand:
-    """forward / forward_backward: ``datums`` is DatumBatch.pack(), ``lengths`` its tokens per datum."""
+    """forward / forward_backward: ``datums`` is DatumBatch.pack(), ``lengths`` its tokens per datum.
+
+    loss_tokens: what it costs at least, in tokens, since its loss takes time however short the datums are.
+    """
 
     datums: bytes
     lengths: tuple[int, ...]
     loss_fn: str
     loss_config: Mapping[str, float | str]
     backward: bool
+    loss_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

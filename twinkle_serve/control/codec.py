@@ -49,6 +49,7 @@ def encode_command(command: RunCommand) -> bytes:
             "loss_fn": command.loss_fn,
             "loss_config": dict(command.loss_config),
             "backward": command.backward,
+            "loss_tokens": command.loss_tokens,
         }
         return _join({"kind": name, "fields": fields}, command.datums)
     return _join({"kind": name, "fields": dataclasses.asdict(command)})

@@ -78,5 +78,10 @@ def next_stage(stage: Stage, command: RunCommand) -> Stage | None:
 
 
 def num_tokens(command: RunCommand) -> int:
-    """What the command takes from a tick's token budget: only passes do."""
+    """Tokens of the command's datums: only passes have any."""
     return sum(command.lengths) if isinstance(command, PassCommand) else 0
+
+
+def cost(command: RunCommand) -> int:
+    """What the command takes from a tick's token budget, and its tenant's share: only passes do."""
+    return max(num_tokens(command), command.loss_tokens) if isinstance(command, PassCommand) else 0

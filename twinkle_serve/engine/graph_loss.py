@@ -24,6 +24,7 @@ from twinkle_serve.engine.graph_operations import (
     volume,
 )
 from twinkle_serve.engine.losses import Loss
+from twinkle_serve.engine.pulse import PULSE
 from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.loss_graph import Dtype, Ignored, LossGraph, Node, Ref
@@ -74,6 +75,7 @@ def graph_loss(graph: LossGraph, logprobs: torch.Tensor, datums: Sequence[Tensor
         gradient[start:end] = _gradient(graph, loss, leaf).reshape(-1)
         for key, number in (("loss:sum", float(loss.detach())), *found.items()):
             sums[key] += number
+        PULSE.beat()  # no layer runs meanwhile, and many datums with many nodes take long
     metrics = {key: torch.tensor(number, dtype=torch.float64) for key, number in sums.items()}
     # Exactly the value and exactly the gradient: what is added is the same number, once with a graph.
     linear = (logprobs * gradient.to(logprobs.device)).sum(dtype=torch.float64)

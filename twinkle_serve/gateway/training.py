@@ -7,6 +7,7 @@ for that number.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,8 +45,10 @@ from twinkle_serve.protocol.forward import (
 from twinkle_serve.protocol.paths import parse_path, validate_name
 from twinkle_serve.protocol.recipients import check_recipients
 from twinkle_serve.protocol.results import PROTOBUF
+from twinkle_serve.protocol.work import Failure
 
 router = APIRouter(tags=["training"])
+logger = logging.getLogger(__name__)
 
 LOADS = describes_either((wire.Addressed, wire.LoadWeights), (wire.CreateFromWeights,))
 
@@ -189,6 +192,10 @@ def _built(build: Callable[[], Command]) -> Command:
         return build()
     except UserError as error:
         return RejectedCommand(error.as_failure())
+    except Exception:
+        # The client has spent the seq_id: left out, it would hold up what follows for minutes.
+        logger.exception("a command could not be checked")
+        return RejectedCommand(Failure("internal error while checking this request", "server"))
 
 
 async def _submit_command(call: Call, model_id: str, seq_id: int | None, command: Command) -> Response:
@@ -202,6 +209,7 @@ def _pass(checked: CheckedPass) -> PassCommand:
         loss_fn=checked.loss_fn,
         loss_config=checked.loss_config,
         backward=checked.backward,
+        loss_tokens=checked.loss_tokens,
     )
 
 

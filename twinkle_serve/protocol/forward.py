@@ -16,7 +16,7 @@ from twinkle_serve.protocol.batch import DatumLimits, DatumSource, assemble
 from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.graph_batch import assemble_for_graph
-from twinkle_serve.protocol.loss_graph import GRAPH, read_graph
+from twinkle_serve.protocol.loss_graph import GRAPH, loss_tokens, read_graph
 from twinkle_serve.protocol.losses import UPLOADED, LossSpec, complete_config, find_loss
 from twinkle_serve.protocol.requests import MAX_SEQ_ID
 from twinkle_serve.protocol.tensors import (
@@ -45,12 +45,16 @@ class ForwardEnvelope:
 
 @dataclass(frozen=True, slots=True)
 class CheckedPass:
-    """A request that can run: ``loss_config`` is complete, ``batch`` has the columns the loss reads."""
+    """A request that can run: ``loss_config`` is complete, ``batch`` has the columns the loss reads.
+
+    loss_tokens: what it costs at least for the sake of its loss.
+    """
 
     batch: DatumBatch
     loss_fn: str
     loss_config: Mapping[str, float | str]
     backward: bool
+    loss_tokens: int = 0
 
 
 def check_pass(
@@ -79,8 +83,10 @@ def check_uploaded(envelope: ForwardEnvelope, graph: str, limits: DatumLimits) -
     """The same with an uploaded loss, whose text is ``graph``. Raises UserError."""
     if envelope.source is None:
         raise UserError("data is not a list of datums")
-    batch = assemble_for_graph(envelope.source, read_graph(graph), limits)
-    return CheckedPass(batch, UPLOADED, {GRAPH: graph}, not envelope.forward_only)
+    nodes = read_graph(graph)
+    batch = assemble_for_graph(envelope.source, nodes, limits)
+    cost = loss_tokens(nodes, batch.num_datums)
+    return CheckedPass(batch, UPLOADED, {GRAPH: graph}, not envelope.forward_only, cost)
 
 
 def parse_proto(body: bytes) -> ForwardEnvelope:
