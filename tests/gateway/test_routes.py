@@ -217,3 +217,21 @@ async def test_a_checkpoint_is_changed(client: httpx.AsyncClient, backend: Scrip
     assert backend.asked("publish_checkpoint")[-1][1:] == (PATH, True)
     wrong = f"/training_runs/{RUN}/checkpoints/other/a"
     assert (await client.delete(wrong)).status_code == 400
+
+
+async def test_an_older_client_that_pages_by_what_it_was_shown_gets_each_once(
+    client: httpx.AsyncClient, backend: ScriptedBackend
+) -> None:
+    kinds = ["external", "training", "training", "external", "training"]
+    backend.checkpoints = [
+        {"checkpoint_id": f"{kind}/{at}", "checkpoint_type": kind} for at, kind in enumerate(kinds)
+    ]
+    seen: list[str] = []
+    while True:
+        url = f"/checkpoints?limit=2&offset={len(seen)}"
+        page = (await client.get(url, headers={"User-Agent": "Tinker/Python 0.18.0"})).json()
+        seen += [item["checkpoint_id"] for item in page["checkpoints"]]
+        assert page["cursor"]["total_count"] == 3
+        if len(seen) >= 3 or not page["checkpoints"]:
+            break
+    assert seen == ["training/1", "training/2", "training/4"]

@@ -48,8 +48,13 @@ async def list_run_checkpoints(run_id: str, request: Request, call: Authenticate
 async def list_checkpoints(
     request: Request, call: Authenticated, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
-    found, total = await call.backend.list_checkpoints(call.tenant, None, limit, offset)
-    return reply({"checkpoints": _shown(found, request), "cursor": _cursor(limit, offset, total)})
+    if _knows_all(request):
+        found, total = await call.backend.list_checkpoints(call.tenant, None, limit, offset)
+    else:  # who pages by what was shown must find the hidden ones in no count
+        everything, _ = await call.backend.list_checkpoints(call.tenant, None, None, 0)
+        known = _shown(everything, request)
+        found, total = known[offset : offset + limit], len(known)
+    return reply({"checkpoints": found, "cursor": _cursor(limit, offset, total)})
 
 
 @router.post("/weights_info", openapi_extra=describes(WeightsInfo))
@@ -64,9 +69,13 @@ def client_version(headers: Mapping[str, str]) -> tuple[int, ...] | None:
     return None if found is None else (int(found[1]), int(found[2]))
 
 
-def _shown(checkpoints: list[Mapping[str, Any]], request: Request) -> list[Mapping[str, Any]]:
+def _knows_all(request: Request) -> bool:
     version = client_version(request.headers)
-    knows_all = version is None or version >= _KNOWS_EXTERNAL
+    return version is None or version >= _KNOWS_EXTERNAL
+
+
+def _shown(checkpoints: list[Mapping[str, Any]], request: Request) -> list[Mapping[str, Any]]:
+    knows_all = _knows_all(request)
     return [item for item in checkpoints if knows_all or item.get("checkpoint_type") != "external"]
 
 
