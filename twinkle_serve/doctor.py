@@ -10,7 +10,6 @@ import json
 import resource
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -18,13 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 
 from twinkle_serve.cluster.devices import devices
 from twinkle_serve.cluster.haproxy import NoHaproxy, environment
 from twinkle_serve.config import Config, ModelConfig
+from twinkle_serve.model_files import INDEX, DamagedModel, check_whole, has_weights, weight_files
 
 _MIN_FREE_BYTES = 2**30
 _MIN_SHARED_BYTES = 2**30
@@ -298,41 +297,23 @@ def _config_problems(directory: Path) -> Iterator[str]:
 
 def _weight_problems(directory: Path) -> Iterator[str]:
     """A download that was cut off is found here rather than after minutes of loading."""
-    names = {file.name for file in directory.glob("*.safetensors")}
-    index = directory / "model.safetensors.index.json"
-    wanted = names
-    if "model.safetensors" in names:  # what is loaded if both are there
-        wanted = {"model.safetensors"}
-    elif index.is_file():
-        try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            yield f"{index.name} cannot be read"
-            return
+    try:
+        wanted = weight_files(directory) if has_weights(directory) else []
+    except DamagedModel:
+        yield f"{INDEX} cannot be read"
+        return
+    # Of others that transformers may read, at least that they are whole.
+    wanted = wanted or sorted(file.name for file in directory.glob("*.safetensors"))
     if not wanted:
         yield "there are no *.safetensors files"
-    for name in sorted(wanted):
-        if name not in names:
+    for name in wanted:
+        if not (directory / name).is_file():
             yield f"{name} is missing"
-        elif (problem := _file_problem(directory / name)) is not None:
-            yield f"{name} {problem}"
-
-
-def _file_problem(file: Path) -> str | None:
-    """What is wrong with a safetensors file, told from its header and its length."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            return "is not a whole safetensors file"
+            continue
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "has a damaged header"
-    expected = 8 + length + max(ends, default=0)
-    return None if size == expected else f"has {size} bytes instead of {expected}: fetch it again"
+            check_whole(directory / name)
+        except DamagedModel as error:
+            yield str(error)
 
 
 def _gb(amount: float) -> str:

@@ -36,7 +36,7 @@ from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.packing import make_segments
 from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
 from twinkle_serve.engine.sharding.families import family_of
-from twinkle_serve.engine.sharding.files import WeightFiles, has_weights
+from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.engine.sharding.shares import Shares
 from twinkle_serve.engine.sharding.strategy import Sharding, Stretches
@@ -44,6 +44,7 @@ from twinkle_serve.engine.sharding.zero3 import Zero3
 from twinkle_serve.engine.slots import Segment
 from twinkle_serve.engine.unsupported import UnsupportedModel as UnsupportedModel
 from twinkle_serve.engine.windows import compare_windows
+from twinkle_serve.model_files import has_weights
 from twinkle_serve.protocol.work import ModelInfo
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
 from twinkle_serve.engine.sharding.families import Family, Part, family_of
-from twinkle_serve.engine.sharding.files import INDEX, weight_files
+from twinkle_serve.model_files import INDEX, weight_files
 
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.base_model import UnsupportedModel, load_base_model
-from twinkle_serve.engine.sharding.files import CHECKSUMS, INDEX, SINGLE, DamagedModel, WeightFiles
+from twinkle_serve.engine.sharding.files import CHECKSUMS, WeightFiles
 from twinkle_serve.engine.sharding.place import RankPlace
 from twinkle_serve.engine.sharding.ranks import Ranks
+from twinkle_serve.model_files import INDEX, SINGLE, DamagedModel
 from twinkle_serve.testing.crew import Crew
 
 HEAD = "lm_head.weight"

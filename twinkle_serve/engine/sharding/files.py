@@ -1,13 +1,12 @@
-"""A model's weight files: which tensor lies in which file, read tensor by tensor or slice by slice.
+"""The tensors of a model's weight files, read one by one or slice by slice.
 
-Knows safetensors and their index, and says what is wrong with a directory before minutes were spent on it.
-Does not know models, nor which of its tensors a rank needs.
+Knows safetensors, and says what is wrong with a directory before minutes were spent on it. Does not know
+which files count (model_files.py), models, nor which of its tensors a rank needs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import socket
 from pathlib import Path
@@ -17,36 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from twinkle_serve.engine.sharding.ranks import Ranks
+from twinkle_serve.model_files import INDEX, DamagedModel, listed_tensors, weight_files
 
 logger = logging.getLogger(__name__)
-INDEX, SINGLE, CHECKSUMS = "model.safetensors.index.json", "model.safetensors", "SHA256SUMS"
-
-
-def has_weights(directory: Path) -> bool:
-    """Whether there are weight files of the kind that can be read in parts."""
-    return (directory / INDEX).is_file() or (directory / SINGLE).is_file()
-
-
-class DamagedModel(OSError):
-    """A weight file is missing, cut short or changed; the message names it."""
-
-
-def listed_tensors(directory: Path) -> dict[str, str]:
-    """Tensor to file name, out of the index where that counts: beside ``model.safetensors`` it does not, as
-    for transformers. Raises DamagedModel."""
-    path = directory / INDEX
-    if (directory / SINGLE).is_file() or not path.is_file():
-        return {}
-    try:
-        listed: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-        return listed
-    except (ValueError, KeyError, TypeError):
-        raise DamagedModel(f"{path} is not a readable index") from None
-
-
-def weight_files(directory: Path) -> list[str]:
-    """The names of those that transformers would load. Raises DamagedModel."""
-    return sorted(set(listed_tensors(directory).values())) or [SINGLE]
+CHECKSUMS = "SHA256SUMS"
 
 
 class WeightFiles:
