@@ -21,6 +21,7 @@ from twinkle_serve.protocol.batch import MAX_WIDTH, DatumLimits, dense_room
 from twinkle_serve.protocol.data import DatumBatch
 from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.forward import CheckedPass, address, check_pass, parse_json, parse_proto
+from twinkle_serve.protocol.losses import LossSpec
 
 VOCAB = 50
 LIMITS = DatumLimits(vocab_size=VOCAB, max_length=12, max_datums=20, max_elements=10_000)
@@ -425,3 +426,14 @@ def test_a_damaged_message_is_checked_or_refused(data: st.DataObject) -> None:
         check_pass(parse_proto(bytes(body)), LIMITS)
     except (MalformedBody, UserError):
         return
+
+
+def test_an_optional_input_without_a_default_is_in_all_datums_or_in_none() -> None:
+    loss = LossSpec("m", ("target_tokens",), ("mask",))
+    tensor = {"data": [1], "dtype": "int64"}
+    plain = {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"target_tokens": tensor}}
+    mask = {"data": [1.0], "dtype": "float32"}
+    masked = plain | {"loss_fn_inputs": {"target_tokens": tensor, "mask": mask}}
+    body = {"model_id": "m", "forward_backward_input": {"loss_fn": "m", "data": [masked, plain]}}
+    with pytest.raises(UserError, match=r"data\[1\].loss_fn_inputs.mask is missing, but data\[0\] has it"):
+        check_pass(parse_json(body, forward_only=False), LIMITS, {"m": loss})

@@ -55,6 +55,12 @@ def fetch_loss(path: str, revision: str | None) -> LossSource:
         raise LossSourceError(f"{path}/{CODE} is not UTF-8") from None
     if terms.name in LOSSES or terms.name in (UPLOADED, "stable_reinforce"):
         raise LossSourceError(f"{path}: the name {terms.name!r} is taken")
+    if TARGETS in (*terms.inputs, *terms.optional):
+        raise LossSourceError(
+            f"{path}/{MANIFEST}: {TARGETS} is always sent; leave it out of inputs and optional"
+        )
+    if twice := set(terms.inputs) & set(terms.optional):
+        raise LossSourceError(f"{path}/{MANIFEST}: {min(twice)} is in inputs and in optional")
     return LossSource(terms, text, digest(manifest, code))
 
 

@@ -179,9 +179,13 @@ def _fill_missing(
         )
     if len(missing) == len(parts) and name != loss.ones:
         return None
+    if missing and fill is None:
+        present = next(index for index, part in enumerate(parts) if part is not None)
+        raise UserError(
+            f"data[{missing[0]}].loss_fn_inputs.{name} is missing, but data[{present}] has it: all or none"
+        )
     for index in missing:
         assert targets is not None
-        assert fill is not None
         widths[index] = targets.widths[index]
         parts[index] = np.full(int(lengths[index]) * max(1, int(widths[index])), fill, np.float32)
     return [part for part in parts if part is not None]

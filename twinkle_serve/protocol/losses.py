@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.showing import shown
 
 TARGETS = "target_tokens"
 UPLOADED = "custom"
@@ -72,11 +73,10 @@ def find_loss(name: object, whitelist: Mapping[str, LossSpec] = _NONE) -> LossSp
             "loss_fn 'stable_reinforce' is not served: it has no public formula. "
             "Use importance_sampling, ppo, cispo, dro or gspo instead"
         )
-    shown = name[:64] if isinstance(name, str) else name
     served = ", ".join([*LOSSES, *whitelist])
     raise UserError(
-        f"loss_fn {shown!r} is not served; served are {served}. Any function of the logprobs can be had with "
-        "forward_backward_custom; to have one served by name, give your operator its directory for "
+        f"loss_fn {shown(name)} is not served; served are {served}. Any function of the logprobs can be had "
+        "with forward_backward_custom; to have one served by name, give your operator its directory for "
         "`twinkle-serve losses CONFIG add`"
     )
 
@@ -102,7 +102,7 @@ def complete_config(loss: LossSpec, config: Mapping[str, object]) -> dict[str, f
             raise UserError(f"{where} is unknown to {loss.name}; its settings: {known}")
         number = as_finite(value)
         if number is None:
-            raise UserError(f"{where} must be a finite number, got {value!r:.80}")
+            raise UserError(f"{where} must be a finite number, got {shown(value, 80)}")
         if number < 0:
             raise UserError(f"{where} must be at least 0, got {number}")
         values[key] = number

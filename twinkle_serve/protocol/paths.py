@@ -9,9 +9,11 @@ import re
 from dataclasses import dataclass
 
 from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.showing import shown
 
 KINDS = ("weights", "sampler_weights", "external_weights")
 MAX_NAME_LENGTH = 128
+MAX_RUN_ID_LENGTH = 200
 _SCHEMES = ("tinker://", "twinkle://")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _RUN_ID = re.compile(r"[A-Za-z0-9._:-]+")
@@ -42,16 +44,14 @@ def parse_path(path: object) -> CheckpointPath:
             parts = path.removeprefix(scheme).split("/")
             if path.startswith(scheme) and len(parts) == 3 and _is_path(*parts):
                 return CheckpointPath(*parts)
-    shown = path[:200] if isinstance(path, str) else path
-    raise UserError(f"path {shown!r} is not of the form tinker://RUN_ID/{{{'|'.join(KINDS)}}}/NAME")
+    raise UserError(f"path {shown(path, 200)} is not of the form tinker://RUN_ID/{{{'|'.join(KINDS)}}}/NAME")
 
 
 def validate_name(name: object, field: str = "path") -> str:
     """A name for a new checkpoint, unchanged. Raises UserError with the rule it breaks."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
-        shown = name[:64] if isinstance(name, str) else name
         raise UserError(
-            f"{field} {shown!r}: a checkpoint's name is 1 to {MAX_NAME_LENGTH} "
+            f"{field} {shown(name)}: a checkpoint's name is 1 to {MAX_NAME_LENGTH} "
             "of letters, digits, '.', '_' and '-'"
         )
     if name in _RESERVED:
@@ -61,4 +61,6 @@ def validate_name(name: object, field: str = "path") -> str:
 
 def _is_path(run_id: str, kind: str, name: str) -> bool:
     named = _NAME.fullmatch(name) is not None and name not in _RESERVED and len(name) <= MAX_NAME_LENGTH
+    if len(run_id) > MAX_RUN_ID_LENGTH:
+        return False
     return kind in KINDS and named and _RUN_ID.fullmatch(run_id) is not None and run_id not in _RESERVED

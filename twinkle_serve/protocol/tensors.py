@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from twinkle_serve.protocol import schema
 from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.showing import shown
 
 Array = npt.NDArray[Any]
 
@@ -46,8 +47,7 @@ class WireTensor:
         a CSR tensor would be larger than ``max_elements``, which is what the request has room for.
         """
         shape = self.shape or (self.values.size,)
-        if len(shape) > 2:
-            raise UserError(f"has {len(shape)} dimensions; 1 or 2 are possible")
+        _check_dimensions(len(shape))
         if shape[0] != num_rows:
             raise UserError(f"has length {shape[0]}, but model_input has {num_rows} tokens")
         width = shape[1] if len(shape) == 2 else 0
@@ -90,6 +90,7 @@ def tensor_from_proto(message: Any) -> WireTensor:
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
         raise UserError(f"has an unknown dtype ({message.dtype})")
+    _check_dimensions(len(message.shape))
     shape = tuple(message.shape)
     if any(size < 0 for size in shape):
         raise UserError(f"has shape {list(shape)}")
@@ -110,18 +111,25 @@ def tensor_from_json(value: Any) -> WireTensor:
         raise UserError("is not a tensor object")
     dtype = value.get("dtype")
     if dtype not in ("int64", "float32"):
-        raise UserError(f"has dtype {dtype!r:.40}; int64 and float32 are possible")
+        raise UserError(f"has dtype {shown(dtype)}; int64 and float32 are possible")
     data = value.get("data")
     values = numbers(data if data is not None else [], allow_float=dtype == "float32")
     with np.errstate(over="ignore"):
         values = values.astype(np.float32 if dtype == "float32" else np.int64, copy=False)
     shape = value.get("shape") or []
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise UserError(f"has shape {shape!r:.80}")
+        raise UserError("has a shape that is no list of whole numbers from 0")
+    _check_dimensions(len(shape))
     crow, col = value.get("sparse_crow_indices"), value.get("sparse_col_indices")
     if crow is None:
         return WireTensor(values, tuple(shape))
     return WireTensor(values, tuple(shape), numbers(crow), None if col is None else numbers(col))
+
+
+def _check_dimensions(count: int) -> None:
+    """Before a shape is shown: it may have millions."""
+    if count > 2:
+        raise UserError(f"has {count} dimensions; 1 or 2 are possible")
 
 
 def numbers(values: Any, allow_float: bool = False) -> Array:

@@ -187,12 +187,20 @@ class Tick:
     decode_budget_s: float = 0.0
 
 
+MAX_MESSAGE = 2000
+"""Characters of a failure: it is written down and kept for as long as a result."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a request failed. ``category`` is "user" for bad input, "server" for our fault."""
 
     message: str
     category: str = "user"
+
+    def __post_init__(self) -> None:
+        if len(self.message) > MAX_MESSAGE:
+            object.__setattr__(self, "message", self.message[:MAX_MESSAGE])
 
 
 @dataclass(frozen=True, slots=True)
