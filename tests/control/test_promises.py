@@ -120,17 +120,6 @@ def test_failures_take_room_and_promises_that_were_lost_too():
     assert not table.is_full("bob")
 
 
-def test_long_words_of_a_failure_are_cut():
-    table = PromiseTable(retention_s=100.0)
-    request_id = table.open("alice", None)
-    table.fail(request_id, Failure("why: " + "x" * 10**6, "server"), now=0.0)
-    failure = table.look("alice", request_id).failure
-    assert len(failure.message) < 2100
-    assert failure.message.startswith("why: xxx")
-    assert failure.message.endswith("(1000005 characters)")
-    assert failure.category == "server"
-
-
 def test_samples_that_nobody_fetches_make_room_where_training_results_stay():
     table = PromiseTable(retention_s=100.0, max_bytes=10_000)
     training, sample = table.open("alice", "run"), table.open("alice", "sample", sampling=True)

@@ -42,7 +42,6 @@ class Books:
     usage: Usage
 
     def fail(self, request_id: str, failure: Failure) -> None:
-        failure = shortened(failure)
         self.promises.fail(request_id, failure, self.clock.now())
         self.watch.settled(request_id, failure)
 

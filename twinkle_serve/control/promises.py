@@ -8,15 +8,12 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from twinkle_serve.control.backend import SAMPLING_ID_PREFIX, TRAINING_ID_PREFIX, Poll
 from twinkle_serve.control.results import Retention
 from twinkle_serve.protocol.work import Failure
-
-# Words of a failure may quote what a client sent, however long that is.
-_MAX_MESSAGE = 2000
 
 GONE = Poll("gone")
 _PENDING = Poll("pending")
@@ -136,7 +133,6 @@ class PromiseTable:
         self._settle(request_id, Poll("done", value=value), now, num_bytes)
 
     def fail(self, request_id: str, failure: Failure, now: float) -> None:
-        failure = shortened(failure)
         self._settle(request_id, Poll("done", failure=failure), now, len(failure.message))
 
     def fail_all(self, failure: Failure, now: float) -> None:
@@ -225,11 +221,3 @@ class PromiseTable:
         waiters, promise.waiters = promise.waiters, {}
         for waiter in waiters.values():
             waiter()
-
-
-def shortened(failure: Failure) -> Failure:
-    """With as many of its words as are kept."""
-    words = failure.message
-    if len(words) <= _MAX_MESSAGE:
-        return failure
-    return replace(failure, message=f"{words[:_MAX_MESSAGE]}... ({len(words)} characters)")
