@@ -14,7 +14,7 @@ from twinkle_serve.control.checkpoints import Checkpoints
 from twinkle_serve.control.clock import Clock
 from twinkle_serve.control.custom_losses import CustomLosses
 from twinkle_serve.control.metrics import Meter
-from twinkle_serve.control.promises import PromiseTable, random_token, shortened
+from twinkle_serve.control.promises import PromiseTable, random_token
 from twinkle_serve.control.quotas import Quotas, own_name
 from twinkle_serve.control.runs import Runs
 from twinkle_serve.control.samplers import Samplers
