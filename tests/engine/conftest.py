@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig
+from transformers import (
+    Glm4MoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.engine import Engine
@@ -28,6 +36,32 @@ def tiny_mixtral(models_root: Path) -> Path:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     return _build_random(models_root, "mixtral", config, seed=0)
+
+
+def mixtures() -> dict[str, PretrainedConfig]:
+    """Random mixtures of every family that is served, some with dense layers and shared experts."""
+    common: dict[str, Any] = _attention(64, 2) | {"vocab_size": 350, "intermediate_size": 48}
+    chosen = {"num_experts": 4, "num_experts_per_tok": 2}
+    inner = {"moe_intermediate_size": 16}
+    shared = {"shared_expert_intermediate_size": 24}
+    routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    local = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return {
+        "qwen3_moe": Qwen3MoeConfig(**common, **inner, **chosen),
+        "qwen3_moe-dense_layer": Qwen3MoeConfig(**common, **inner, **chosen, mlp_only_layers=[1]),
+        "mixtral": MixtralConfig(**common, **local),
+        "olmoe": OlmoeConfig(**common, **chosen),
+        "qwen2_moe": Qwen2MoeConfig(**common, **inner, **shared, **chosen),
+        "qwen2_moe-dense_layer": Qwen2MoeConfig(**common, **inner, **shared, **chosen, mlp_only_layers=[0]),
+        "glm4_moe": Glm4MoeConfig(**common, **inner, **routed, first_k_dense_replace=1, pad_token_id=0),
+        "phimoe": PhimoeConfig(**common, **local),
+    }
+
+
+@pytest.fixture(scope="session", params=mixtures())
+def mixture(request: pytest.FixtureRequest, models_root: Path) -> Path:
+    """The directory of each of ``mixtures`` in turn."""
+    return _build_random(models_root, request.param, mixtures()[request.param], seed=0)
 
 
 @pytest.fixture(scope="session")

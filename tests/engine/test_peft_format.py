@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twinkle_serve.engine.layout import AdapterLayout, Target
-from twinkle_serve.engine.peft_format import export_peft, import_peft
+from twinkle_serve.engine.peft_format import PLACEMENT, export_peft, import_peft
 from twinkle_serve.engine.sharding.families import DENSE, MIXTURES, family_of
 from twinkle_serve.protocol.data import LoraSpec
 from twinkle_serve.protocol.errors import UserError
@@ -284,6 +285,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
         ({"use_dora": True}, "use_dora is not supported"),
         ({"use_rslora": True}, "use_rslora is not supported"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is not supported"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters is not supported"),
     ],
 )
 def test_configurations_that_mean_something_else_are_refused(change: dict[str, Any], message: str) -> None:
@@ -291,6 +293,43 @@ def test_configurations_that_mean_something_else_are_refused(change: dict[str, A
     config, tensors = export_peft(LAYOUT, random_block(LAYOUT, spec), spec, "base")
     with pytest.raises(UserError, match=message):
         import_peft(LAYOUT, {**config, **change}, tensors)
+
+
+WRAPPED = AdapterLayout.build(LAYOUT.targets, MIXTURES["qwen2_moe"])
+
+
+def test_experts_that_peft_wraps_come_back_bitwise_and_their_former_layout_is_still_read() -> None:
+    spec = LoraSpec(rank=2)
+    block = random_block(WRAPPED, spec)
+    config, tensors = export_peft(WRAPPED, block, spec, "base")
+    one_by_one = export_peft(LAYOUT, block, spec, "base")[1]
+    assert tensors.keys() != one_by_one.keys()
+    plain = {name: setting for name, setting in config.items() if name not in PLACEMENT}
+    for written in ((config, tensors), (plain, one_by_one)):
+        found, trained = import_peft(WRAPPED, *written)
+        assert torch.equal(found, block)
+        assert trained == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(next(k for k in t if "base_layer.lora_B" in k)), "lacks tensors"),
+        (lambda t: t[next(k for k in t if "base_layer.lora_B" in k)].add_(1), "mixes gate_proj and up_proj"),
+        (
+            lambda t: t.update({k: v[:-1] for k, v in t.items() if k.endswith("experts.lora_A.weight")}),
+            "has shape",
+        ),
+        (lambda t: t[next(k for k in t if "base_layer.lora_A" in k)][-1].add_(1), "first expert"),
+    ],
+    ids=["lacking", "mixed", "shape", "not shared"],
+)
+def test_wrapped_experts_that_do_not_fit_are_refused(change: Callable[[Any], object], message: str) -> None:
+    spec = LoraSpec(rank=2)
+    config, tensors = export_peft(WRAPPED, random_block(WRAPPED, spec), spec, "base")
+    change(tensors)
+    with pytest.raises(UserError, match=message):
+        import_peft(WRAPPED, config, tensors)
 
 
 def test_an_adapter_without_tensors_is_refused() -> None:

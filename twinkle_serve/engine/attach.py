@@ -13,6 +13,7 @@ from twinkle_serve.engine.attention import AttentionSwitch
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import Group, Target
 from twinkle_serve.engine.pulse import listen
+from twinkle_serve.engine.sharding.families import MIXTURES, SERVED
 from twinkle_serve.engine.sharding.loading import is_fused_experts, whole_shape
 from twinkle_serve.engine.sharding.strategy import Sharding
 from twinkle_serve.engine.unsupported import UnsupportedModel
@@ -37,7 +38,7 @@ def attach(
     targets: list[Target] = []
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
+        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers; {SERVED}")
     listen(layers)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     for index, layer in enumerate(layers):
@@ -49,6 +50,7 @@ def attach(
                 _wrap_linear(layer, name, module, path, segments, targets)
                 found.add(leaf)
             elif is_fused_experts(module):
+                _require_known(model)
                 _mark_experts(module, path, segments, targets, sharding)
                 found.add("experts")
             if hasattr(module, "layer_idx") and hasattr(module, "q_proj"):
@@ -56,10 +58,16 @@ def attach(
         if not found >= _ATTENTION or not (found >= _MLP or "experts" in found):
             raise UnsupportedModel(
                 f"{type(model).__name__}: decoder layer {index} has no separate q_proj, k_proj, v_proj, "
-                "o_proj and gate/up/down projections or fused experts; served are Llama, Mistral, Qwen2, "
-                "Qwen3 and Qwen3-MoE like architectures"
+                f"o_proj and gate/up/down projections or fused experts; {SERVED}"
             )
     return targets
+
+
+def _require_known(model: PreTrainedModel) -> None:
+    if model.config.model_type not in MIXTURES:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is a mixture of experts that no adapter could be taken out of; {SERVED}"
+        )
 
 
 def _wrap_linear(

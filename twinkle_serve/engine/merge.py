@@ -14,18 +14,20 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
 from twinkle_serve.engine.adapter_files import CONFIG, WEIGHTS
+from twinkle_serve.engine.peft_fused import of_expert
 from twinkle_serve.engine.sharding.families import Family, Part, family_of
 from twinkle_serve.model_files import INDEX, weight_files
 
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj")
+_FUSED = re.compile(r"(.*\.experts)(\.base_layer)?")
 # Configuration, tokenizer and chat template; never code.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 # About weights that do not come along: indices, and the configuration of Mistral's own consolidated file.
@@ -39,6 +41,14 @@ class _Source:
     name: str
     result: str
     file: Path
+
+
+class _Factors(NamedTuple):
+    """Where an adapter has a module's A and B: under ``name``, or there as a part of one of the experts."""
+
+    name: str
+    part: Part | None = None
+    expert: int = 0
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, output: str | Path) -> int:
@@ -92,14 +102,19 @@ class _Delta:
         self._family = family
         keys = list(self._file.keys())
         names = [key.removesuffix(".lora_A.weight") for key in keys if ".lora_A." in key]
+        self._rank: int = config["r"]
         # By what the base model's files call the module.
-        self._modules = {self._in_files(name.removeprefix(_PREFIX)): name for name in names}
+        self._modules: dict[str, _Factors] = {}
+        for name in names:
+            self._modules |= self._named(name)
         self._used: set[str] = set()
+        self._read_name = ""
+        self._read_pair: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
         self.num_changed = 0
 
     @property
     def unused(self) -> list[str]:
-        return [key for module, key in self._modules.items() if module not in self._used]
+        return [factors.name for module, factors in self._modules.items() if module not in self._used]
 
     def touches(self, name: str) -> bool:
         return name.removesuffix(".weight") in self._modules
@@ -121,6 +136,21 @@ class _Delta:
         self.num_changed += 1
         return (weight.float() + parts).to(weight.dtype)
 
+    def _named(self, name: str) -> dict[str, _Factors]:
+        """What the adapter's module ``name`` is for: one module, or one of each expert of a layer."""
+        module = name.removeprefix(_PREFIX)
+        fused = _FUSED.fullmatch(module)
+        if fused is None:
+            return {self._in_files(module): _Factors(name)}
+        block, is_inner = fused.groups()
+        parts: tuple[Part, ...] = ("gate", "up") if is_inner else ("down",)
+        rows = self._file.get_slice(f"{name}.lora_A.weight").get_shape()[0]
+        return {
+            self._family.expert(block, expert, part): _Factors(name, part, expert)
+            for expert in range(rows // (len(parts) * self._rank))
+            for part in parts
+        }
+
     def _in_files(self, module: str) -> str:
         """Adapters call experts as the files do or, as all adapters were once written, as Qwen's are."""
         match = _EXPERT.fullmatch(module)
@@ -138,9 +168,13 @@ class _Delta:
 
     def _product(self, module: str) -> torch.Tensor:
         self._used.add(module)
-        key = self._modules[module]
-        a = self._file.get_tensor(f"{key}.lora_A.weight").float()
-        b = self._file.get_tensor(f"{key}.lora_B.weight").float()
+        name, part, expert = self._modules[module]
+        if self._read_name != name:  # experts that lie in one tensor are asked for one after the other
+            pair = [self._file.get_tensor(f"{name}.lora_{factor}.weight").float() for factor in "AB"]
+            self._read_name, self._read_pair = name, (pair[0], pair[1])
+        a, b = self._read_pair
+        if part is not None:
+            a, b = of_expert(a, b, part, expert, self._rank)
         product: torch.Tensor = self._scale * (b @ a)
         return product
 

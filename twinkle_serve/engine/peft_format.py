@@ -2,7 +2,8 @@
 
 Knows PEFT's key names and configuration. Experts are written one by one, named as in the base model's files,
 as PEFT, vLLM and the tinker cookbook expect: the factor that a layer's experts share is repeated for each.
-Does not know files or checkpoints (adapter_files.py) or the optimizer's moments, which PEFT has no place for.
+Where PEFT would not read them so they are written fused (peft_fused.py). Does not know files or checkpoints
+(adapter_files.py) or the optimizer's moments, which PEFT has no place for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from twinkle_serve.engine import peft_fused
 from twinkle_serve.engine.layout import AdapterLayout, Group, Kind, Target
 from twinkle_serve.engine.sharding.families import DENSE, Family, Part
 from twinkle_serve.engine.slots import LORA_ALPHA, trained_groups
@@ -22,14 +24,9 @@ MAX_RANK = 32
 _PREFIX = "base_model.model."
 _EXPERT_PARTS: dict[Kind, Part] = {"expert_gate": "gate", "expert_up": "up", "expert_down": "down"}
 _ALL_GROUPS: tuple[Group, ...] = ("attn", "mlp", "unembed")
-_MUST_BE_OFF = (
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_parameters",
-    "use_rslora",
-    "use_dora",
-)
+_MUST_BE_OFF = ("modules_to_save", "use_rslora", "use_dora")
+PLACEMENT = ("target_parameters", "rank_pattern", "alpha_pattern")
+"""Settings that PEFT needs for some mixtures."""
 
 
 def export_peft(
@@ -40,8 +37,19 @@ def export_peft(
     Only what the run trains is written. The tensors are contiguous float32 copies; none share memory.
     """
     groups = trained_groups(spec)
-    tensors = {slot.key: slot.read(layout, block) for slot in _tensors(layout, groups)}
-    trained = [_module_name(layout.family, target) for target in layout.targets if target.group in groups]
+    wrapped = layout.family.is_wrapped
+    tensors = {
+        slot.key: slot.read(layout, block)
+        for slot in _tensors(layout, groups)
+        if not (wrapped and slot.target.num_experts)
+    }
+    if wrapped and "mlp" in groups:
+        tensors |= peft_fused.fused(layout, block, _PREFIX)
+    trained = [
+        _module_name(layout.family, target)
+        for target in layout.targets
+        if target.group in groups and not (wrapped and target.num_experts)
+    ]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -57,7 +65,19 @@ def export_peft(
         "use_rslora": False,
         "use_dora": False,
     }
-    return config, tensors
+    return config | _placement(layout, groups, spec.rank, alpha), tensors
+
+
+def _placement(layout: AdapterLayout, groups: Iterable[Group], rank: int, alpha: int) -> dict[str, Any]:
+    """Where PEFT has to look for LoRA beside modules; nothing where all that is trained are modules."""
+    if "mlp" not in groups or not any(target.num_experts for target in layout.targets):
+        return {}
+    if layout.family.is_wrapped:
+        return peft_fused.placement(rank, alpha)
+    # PEFT takes every gate_proj, up_proj and down_proj of such a model to be the experts', and drops what an
+    # adapter has for dense layers and shared experts, unless their weights are named.
+    linear = [t.path for t in layout.targets if t.kind == "linear" and t.group == "mlp"]
+    return {"target_parameters": sorted(f"{path}.weight" for path in linear)} if linear else {}
 
 
 def import_peft(
@@ -70,7 +90,7 @@ def import_peft(
     """
     rank = _rank(config)
     known = {slot.key: slot for slot in _tensors(layout, _ALL_GROUPS)}
-    tensors = _as_written_now(layout, tensors)
+    tensors = _as_written_now(layout, peft_fused.one_by_one(layout, tensors, rank, _PREFIX))
     unknown = [key for key in tensors if key not in known]
     if unknown:
         raise UserError(
@@ -80,6 +100,7 @@ def import_peft(
     missing = [key for key, slot in known.items() if slot.target.group in groups and key not in tensors]
     if missing or not groups:
         raise UserError(f"the adapter lacks tensors: {_some(missing or list(known))}")
+    _check_placement(config, _placement(layout, groups, rank, LORA_ALPHA))
     block = torch.zeros(rank, layout.row_size)
     for key, tensor in tensors.items():
         known[key].write(layout, block, tensor)
@@ -183,6 +204,16 @@ def _rank(config: Mapping[str, Any]) -> int:
     if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise UserError(f"adapter_config.json: r must be an integer from 1 to {MAX_RANK}, got {rank!r:.100}")
     return rank
+
+
+def _check_placement(config: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """It may lack what we write, as checkpoints once did, but say nothing else."""
+    for name in PLACEMENT:
+        found, wanted = config.get(name), ours.get(name)
+        if isinstance(found, list) and all(isinstance(each, str) for each in found):
+            found = sorted(found)
+        if found and found != wanted:
+            raise UserError(f"adapter_config.json: {name} is not supported, got {config[name]!r:.100}")
 
 
 def _some(keys: list[str]) -> str:

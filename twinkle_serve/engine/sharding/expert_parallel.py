@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.sharding.all_to_all import AllToAllDispatch
 from twinkle_serve.engine.sharding.dispatch import ExpertDispatch, local_index
-from twinkle_serve.engine.sharding.families import MIXTURES
+from twinkle_serve.engine.sharding.families import SERVED, SPLIT, family_of
 from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.sharding.loading import fill, is_fused_experts, keep_experts, skeleton
 from twinkle_serve.engine.sharding.ranks import Ranks
@@ -43,12 +43,12 @@ class ExpertParallel(Sharding):
         device: torch.device,
         dtype: torch.dtype,
     ) -> PreTrainedModel:
-        family = MIXTURES.get(model_config.model_type)
-        if family is None:
+        if model_config.model_type not in SPLIT:
             raise UnsupportedModel(
                 f"{directory} is a {model_config.model_type}; sharding: expert_parallel serves "
-                f"{', '.join(sorted(MIXTURES))}. sharding: zero3 serves dense models and Qwen3-MoE"
+                f"{' and '.join(SPLIT)}, and sharding: zero3 these and dense models. In all, {SERVED}"
             )
+        family = family_of(model_config.model_type)
         model = skeleton(model_config, dtype)
         first = self._keep_share(model, directory)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.engine.layers import LoraLinear
-from twinkle_serve.engine.sharding.families import DENSE, MIXTURES, family_of
+from twinkle_serve.engine.sharding.families import SERVED, SPLIT, family_of
 from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.sharding.loading import fill, is_fused_experts, skeleton
 from twinkle_serve.engine.sharding.ranks import RankLost, Ranks
@@ -59,10 +59,9 @@ class Zero3(Sharding):
         )
         model = skeleton(model_config, dtype)
         family = family_of(model_config.model_type)
-        if family is DENSE and any(is_fused_experts(module) for module in model.modules()):
+        if model_config.model_type not in SPLIT and any(is_fused_experts(m) for m in model.modules()):
             raise UnsupportedModel(
-                f"{directory} is a {model_config.model_type}, a mixture of experts that is not known here; "
-                f"known are {', '.join(sorted(MIXTURES))}, and any dense model"
+                f"{directory} is a {model_config.model_type}, a mixture that cannot be split here; {SERVED}"
             )
         files = WeightFiles(directory)
         inside = {id(module) for module in _layers(model).modules()}
@@ -120,7 +119,7 @@ def is_leaf(module: nn.Module) -> bool:
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
+        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers; {SERVED}")
     return layers
 
 
