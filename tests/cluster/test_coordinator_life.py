@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,39 @@ async def test_one_that_nobody_asks_for_ends_itself_to_the_last_step(
     async with asyncio.timeout(60):
         await killed.wait()
     assert plane.closing.is_set()
+
+
+async def test_what_goes_wrong_in_its_loop_does_not_end_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator, plane = _coordinator(tmp_path, ray__orphan_exit_s=60.0), Plane()
+    measured = asyncio.Queue[None]()
+
+    def measure() -> None:
+        measured.put_nowait(None)
+        raise RuntimeError("a gauge is broken")
+
+    async def load() -> None:
+        coordinator._plane = plane  # type: ignore[assignment]
+
+    monkeypatch.setattr(plane, "measure", measure)
+    monkeypatch.setattr(coordinator, "_load", load)
+    monkeypatch.setattr("twinkle_serve.cluster.coordinator._GAUGES_EVERY_S", 0.01)
+    plane.may_close.set()
+    await coordinator.ping()
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            await measured.get()
+    await coordinator.stop()
+
+
+async def test_a_plane_that_does_not_start_leaves_no_writer_of_a_journal(tmp_path: Path) -> None:
+    coordinator = _coordinator(tmp_path)
+    for _ in range(2):
+        await coordinator._try_to_load()  # such groups have no model that a plane could serve
+        assert coordinator._status.message.startswith("cannot start: taking up what is in the journal: ")
+    assert not [thread for thread in threading.enumerate() if thread.name == "journal"]
+    await coordinator.stop()
 
 
 async def test_patience_is_what_was_deployed_last_and_every_call_is_a_sign_of_life(

@@ -159,17 +159,25 @@ class Coordinator:
         # After `serve shutdown` no replica pings any more, and the base model must not stay behind.
         while self._is_wanted():
             await asyncio.sleep(min(_GAUGES_EVERY_S, self._config.ray.orphan_exit_s / 20))
-            if self._plane is not None:
-                self._plane.measure()
-                self._grow()
-                if time.monotonic() - self._curves_at > _CURVES_EVERY_S:
-                    await self._save_curves(self._plane)
-            elif time.monotonic() - self._failed_at > _RELOAD_S:
-                # After a crash the machine may be short of something for a while; clients are waiting.
-                await self._try_to_load()
+            try:
+                await self._look_after()
+            except Exception:  # no gauge is worth that nobody looks after groups and orphans any more
+                _log.exception("looking after the service failed; it is tried again")
         _log.warning("nobody has asked for this service for %g s: it ends", self._config.ray.orphan_exit_s)
-        await self.stop()
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        try:
+            await self.stop()
+        finally:
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _look_after(self) -> None:
+        if self._plane is not None:
+            self._grow()
+            self._plane.measure()
+            if time.monotonic() - self._curves_at > _CURVES_EVERY_S:
+                await self._save_curves(self._plane)
+        elif time.monotonic() - self._failed_at > _RELOAD_S:
+            # After a crash the machine may be short of something for a while; clients are waiting.
+            await self._try_to_load()
 
     def _is_wanted(self) -> bool:
         """A replica was heard lately, by what was deployed last: that also says how often they ping."""
@@ -205,8 +213,18 @@ class Coordinator:
         await self._fleet.start_enough()
         self._status = Status("loading", "taking up what is in the journal")
         # Opened only now, when this coordinator can go on with what the one before it left.
-        self._journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
-        durability = Durability(self._journal, StateFiles(storage.root), resolve, self._fenced)
+        journal = Journal(storage.root, storage.journal_url, storage.journal_sync)
+        try:
+            self._plane = await self._make_plane(journal, catalog, ledger)
+        except BaseException:
+            await asyncio.to_thread(journal.close)  # the next try opens another one
+            raise
+        self._journal = journal
+        self._status = Status("ready", "ready")
+
+    async def _make_plane(self, journal: Journal, catalog: Catalog, ledger: Ledger) -> ControlPlane:
+        states = StateFiles(self._config.storage.root)
+        durability = Durability(journal, states, resolve, self._fenced)
         groups = self._fleet.started
         plane = ControlPlane(
             groups,
@@ -220,8 +238,8 @@ class Coordinator:
         plane.watch.spans.export = span_exporter(self._config.monitoring.otlp_endpoint, "coordinator")
         plane.watch.histories.load = self._curves.load
         await plane.start()
-        self._plane, self._served = plane, set(groups)
-        self._status = Status("ready", "ready")
+        self._served = set(groups)
+        return plane
 
     def _open_records(self) -> tuple[Catalog, Ledger]:
         """Before the models, as nothing of this takes long, and each once. Not when this is made: an actor
