@@ -92,7 +92,6 @@ class Sampling:
         num_bytes = 0 if isinstance(request, Failure) else request.num_bytes
         request_id = self._open_promise(tenant, ("sampler", sampler_id, seq_id), num_bytes)
         num_samples = 1 if isinstance(request, Failure) else request.num_samples
-        answer = request_id, [f"{request_id}-{i}" for i in range(num_samples)]
         if seq_id is not None:
             sampler.requests[seq_id] = request_id, num_samples
         if not isinstance(request, Failure) and num_samples > self._limits.max_num_samples:
