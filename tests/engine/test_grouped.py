@@ -23,7 +23,7 @@ from tests.engine.ticks import (
 )
 from twinkle_serve.engine.base_model import UnsupportedModel
 from twinkle_serve.engine.experts import ExpertTargets, experts_forward
-from twinkle_serve.engine.grouped import fits
+from twinkle_serve.engine.grouped import Stretches, fits
 from twinkle_serve.engine.layers import LoraLinear, Segments
 from twinkle_serve.engine.layout import AdapterLayout, Target
 from twinkle_serve.engine.slots import Adapter, Segment, SlotPool
@@ -120,6 +120,20 @@ def test_a_batch_without_adapters_is_the_base_model() -> None:
     shared.set({"attn": []})
     x = torch.randn(5, HIDDEN)
     torch.testing.assert_close(LoraLinear(base, shared, "attn", 0)(x), base(x))
+
+
+def test_scales_are_exact_in_bfloat16() -> None:
+    """32 / 3 is no number of bfloat16, so that rounding it would scale all of a run by 1.002."""
+    owners = adapters()
+    stretches = Stretches.of(segments(owners), NUM_ROWS, torch.empty(0, dtype=torch.bfloat16))
+    hidden = torch.randn(NUM_ROWS, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scales = torch.zeros(NUM_ROWS, 1)
+    for adapter, start, end in segments(owners):
+        scales[start:end] = adapter.scale
+    expected = (hidden.float() * scales).bfloat16()
+    assert torch.equal(stretches.scale(hidden.clone()), expected)
+    rounded = hidden * scales.bfloat16()
+    assert not torch.equal(rounded, expected)
 
 
 def test_odd_widths_do_not_fit() -> None:

@@ -96,7 +96,7 @@ class Block:
         """
         if self.foreign is not None:
             hidden.masked_fill_(self.foreign, 0)
-        return hidden if self.scales is None else hidden.mul_(self.scales.to(hidden.dtype))
+        return hidden if self.scales is None else hidden.mul_(self.scales)  # in float32
 
     def add(self, out: torch.Tensor, x: torch.Tensor, a_t: torch.Tensor, b: torch.Tensor) -> None:
         """out[start:end] += scale (x A^T) B^T of each row's own adapter."""

@@ -20,15 +20,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from twinkle_serve.engine.activation import activate, backward_activation
 from twinkle_serve.engine.frozen import expert_product, expert_product_back
-from twinkle_serve.engine.grouped import (
-    GroupedExperts,
-    bounds_of,
-    combine,
-    group_pairs,
-    sum_over_experts,
-    with_blank,
-)
+from twinkle_serve.engine.grouped import GroupedExperts, bounds_of
 from twinkle_serve.engine.layers import Segments, accumulate
+from twinkle_serve.engine.pairs import combine, group_pairs, sum_over_experts, with_blank
 from twinkle_serve.engine.slots import Adapter, Segment
 
 IMPLEMENTATION = "twinkle"
@@ -95,7 +89,7 @@ def local_experts(
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
     if targets.segments.grouped:
         groups = targets.segments.stretches("mlp", hidden_states)
-        pairs = group_pairs(top_k_index, num_experts, groups, partial=partial)
+        pairs = group_pairs(top_k_index, num_experts, groups.ends, partial=partial)
         return GroupedExperts.apply(hidden_states, top_k_weights, module, groups, pairs, targets)
     routing = route(top_k_index, segments, num_experts if partial else None)
     return _Experts.apply(hidden_states, top_k_weights, module, routing, segments, targets)

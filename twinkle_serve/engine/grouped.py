@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from twinkle_serve.engine.activation import activate, backward_activation
 from twinkle_serve.engine.layout import AdapterLayout
+from twinkle_serve.engine.pairs import PairGroups, combine, sum_over_experts, with_blank
 from twinkle_serve.engine.slots import Adapter, Segment
 
 _ALIGNMENT_BYTES = 16
@@ -40,8 +41,8 @@ def fits(layout: AdapterLayout, dtype: torch.dtype) -> bool:
 class Stretches:
     """All rows of a batch as consecutive groups, those without an adapter included.
 
-    ends: int32 [G] on the device. rank: the rows of every stacked factor. row_scales: [N, 1], of each row's
-    adapter. homes: the groups' slots if all adapters are in one pool.
+    ends: int32 [G] on the device. rank: the rows of every stacked factor. row_scales: float32 [N, 1], of each
+    row's adapter. homes: the groups' slots if all adapters are in one pool.
     """
 
     adapters: tuple[Adapter | None, ...]
@@ -66,7 +67,7 @@ class Stretches:
             starts,
             torch.tensor(ends, dtype=torch.int32).to(like.device, non_blocking=True),
             rank,
-            torch.from_numpy(rows).to(like.device, like.dtype).unsqueeze(1),
+            torch.from_numpy(rows).to(like.device).unsqueeze(1),
             _Homes.of(adapters, rank, like.device),
         )
 
@@ -79,6 +80,11 @@ class Stretches:
         """The adapter of all rows, if its factors need no padding."""
         first = self.adapters[0]
         return first if len(self.adapters) == 1 and first and first.spec.rank == self.rank else None
+
+    def scale(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Each row of ``hidden`` [N, R] times its adapter's scale, in place; reckoned in float32, as most scales
+        are no number of bfloat16."""
+        return hidden.mul_(self.row_scales)
 
     def a(self, index: int, like: torch.Tensor) -> torch.Tensor:
         """A of one target for every group: [G, rank, width], zero where there is none."""
@@ -245,7 +251,7 @@ class GroupedLinear(torch.autograd.Function):
         index: int,
     ) -> torch.Tensor:
         a, b_t = groups.a(index, x), groups.b_t(index, x)
-        hidden = _mm(x, a.transpose(1, 2), groups.ends) * groups.row_scales
+        hidden = groups.scale(_mm(x, a.transpose(1, 2), groups.ends))
         y = F.linear(x, weight, bias)
         y += _mm(hidden, b_t, groups.ends)
         ctx.save_for_backward(x, weight, hidden)
@@ -257,65 +263,10 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, hidden = ctx.saved_tensors
         groups, index, dy = ctx.groups, ctx.index, dy.contiguous()
-        dhidden = _mm(dy, groups.b_t(index, x).transpose(1, 2), groups.ends) * groups.row_scales
+        dhidden = groups.scale(_mm(dy, groups.b_t(index, x).transpose(1, 2), groups.ends))
         groups.accumulate(index, "b_t", _outer(hidden, dy, groups.ends))
         groups.accumulate(index, "a", _outer(dhidden, x, groups.ends))
         return dy @ weight + _mm(dhidden, groups.a(index, x), groups.ends), None, None, None, None
-
-
-class PairGroups(NamedTuple):
-    """Routed token-expert pairs, sorted by (expert, stretch).
-
-    token, order, inverse: as experts.Routing. expert_ends: int32 [E]. block_ends: int32 [E * stretches].
-    """
-
-    token: torch.Tensor
-    order: torch.Tensor
-    inverse: torch.Tensor
-    expert_ends: torch.Tensor
-    block_ends: torch.Tensor
-
-
-def group_pairs(
-    top_k_index: torch.Tensor, num_experts: int, groups: Stretches, *, partial: bool = False
-) -> PairGroups:
-    """Sort the pairs of ``top_k_index`` [T, K], without waiting for the device.
-
-    partial: leave out pairs of experts from ``num_experts`` on. How many stay has to be waited for, but all
-    that follows is smaller by the number of ranks.
-    """
-    flat = top_k_index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    if partial:
-        order = order[: int((flat < num_experts).sum())]
-        inverse.clamp_(max=order.numel())
-    token = order // top_k_index.shape[1]
-    stretch = torch.searchsorted(groups.ends, token.int(), right=True)
-    width = len(groups.adapters)
-    counts = torch.zeros(num_experts * width, dtype=torch.int32, device=flat.device)
-    counts.scatter_add_(0, flat[order] * width + stretch, torch.ones_like(order, dtype=torch.int32))
-    expert_ends = counts.view(num_experts, width).sum(1).cumsum(0).int()
-    return PairGroups(token, order, inverse, expert_ends, counts.cumsum(0).int())
-
-
-def combine(pairs: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """sum_k w[t, k] pairs[t, k]: [P, D] -> [T, D]."""
-    grid = with_blank(pairs, inverse).index_select(0, inverse).view(*weights.shape, pairs.shape[1])
-    return torch.bmm(weights.to(pairs.dtype).unsqueeze(1), grid).squeeze(1)
-
-
-def sum_over_experts(pairs: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-    num_tokens, width = inverse.numel() // top_k, pairs.shape[1]  # no -1: the width is 0 without any adapter
-    return with_blank(pairs, inverse).index_select(0, inverse).view(num_tokens, top_k, width).sum(1)
-
-
-def with_blank(pairs: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """``pairs`` [P, ...], and a row of zeros behind them if some places of ``inverse`` have no pair here."""
-    if pairs.shape[0] == inverse.numel():
-        return pairs
-    return torch.cat((pairs, pairs.new_zeros(1, *pairs.shape[1:])))
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -336,7 +287,7 @@ class GroupedExperts(torch.autograd.Function):
         hidden = []
         if groups.any:
             for half, index in ((slice(0, inner), targets.gate), (slice(inner, None), targets.up)):
-                shared = _mm(x, groups.a(index, x).transpose(1, 2), groups.ends) * groups.row_scales
+                shared = groups.scale(_mm(x, groups.a(index, x).transpose(1, 2), groups.ends))
                 own = groups.of_experts(index, "b_t", num_experts, x)
                 gate_up[:, half] += _mm(shared[pairs.token], own, pairs.block_ends)
                 hidden.append(shared)
@@ -345,7 +296,7 @@ class GroupedExperts(torch.autograd.Function):
         if groups.any:
             own = groups.of_experts(targets.down, "a", num_experts, x)
             down = combine(_mm(z, own.transpose(1, 2), pairs.block_ends), weights, pairs.inverse)
-            hidden.append(down.mul_(groups.row_scales))
+            hidden.append(groups.scale(down))
             out += _mm(down, groups.b_t(targets.down, x), groups.ends)
         ctx.save_for_backward(x, weights, gate_up, *hidden)
         ctx.module, ctx.groups, ctx.pairs, ctx.targets = module, groups, pairs, targets
@@ -377,7 +328,7 @@ def _backward_down(
     """What the low-rank product of down adds to dz of every pair; adds the gradients of its A and B."""
     groups, pairs, index = ctx.groups, ctx.pairs, ctx.targets.down
     num_experts = ctx.module.down_proj.shape[0]
-    dhidden = _mm(dout, groups.b_t(index, z).transpose(1, 2), groups.ends) * groups.row_scales
+    dhidden = groups.scale(_mm(dout, groups.b_t(index, z).transpose(1, 2), groups.ends))
     groups.accumulate(index, "b_t", _outer(down, dout, groups.ends))
     dpairs = dhidden[pairs.token]
     groups.accumulate(index, "a", _outer(dpairs * pair_weights, z, pairs.block_ends), num_experts)
@@ -395,7 +346,7 @@ def _backward_gate_up(
     for dhalf, index, shared in zip(halves, (targets.gate, targets.up), hidden, strict=True):
         own = groups.of_experts(index, "b_t", num_experts, x)
         dpairs = _mm(dhalf, own.transpose(1, 2), pairs.block_ends)
-        dhidden = sum_over_experts(dpairs, pairs.inverse, top_k) * groups.row_scales
+        dhidden = groups.scale(sum_over_experts(dpairs, pairs.inverse, top_k))
         groups.accumulate(index, "b_t", _outer(shared[pairs.token], dhalf, pairs.block_ends), num_experts)
         groups.accumulate(index, "a", _outer(dhidden, x, groups.ends))
         dx += _mm(dhidden, groups.a(index, x), groups.ends)
