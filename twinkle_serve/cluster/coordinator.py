@@ -41,9 +41,10 @@ NAMESPACE = "twinkle-serve"
 METHODS = frozenset(name for name in vars(Backend) if not name.startswith("_"))
 _GAUGES_EVERY_S = 5.0
 _CURVES_EVERY_S = 30.0
-# Each long poll of each client is one call that waits.
 _RELOAD_S = 30.0
+# Each long poll of each client is one call that waits.
 MAX_WAITING_CALLS = 100_000
+_FAILED = "the service could not start; it is tried again, and its operator finds the reason in its log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Coordinator:
         TRACE_PARENT.set(trace_parent)
         self._live()
         if self._plane is None:
-            return Refusal(None, self._status.message)
+            return Refusal(None, self._public_message)
         try:
             return await getattr(self._plane, method)(*arguments)
         except (NotFound, Invalid, BackendUnavailable, Busy) as error:
@@ -102,6 +103,12 @@ class Coordinator:
         except Exception:
             _log.exception("%s failed", method)
             raise
+
+    @property
+    def _public_message(self) -> str:
+        """What clients are told: why a start failed names directories, which only the operator should see."""
+        has_failed = self._status.state == "failed" and self._stopping is None
+        return _FAILED if has_failed else self._status.message
 
     async def ping(self) -> Status:
         """A replica is there. The first one starts everything."""
@@ -192,6 +199,7 @@ class Coordinator:
         try:
             return await self._load()
         except LoadError as error:
+            _log.error("the service could not start: %s", error)
             self._status = Status("failed", str(error))
         except Exception as error:
             _log.exception("the coordinator could not start")
