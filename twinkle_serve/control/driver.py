@@ -14,7 +14,7 @@ from dataclasses import replace
 from twinkle_serve.config import ModelConfig
 from twinkle_serve.control.admission import SampleQueue
 from twinkle_serve.control.assembly import Assembler
-from twinkle_serve.control.backend import LoadCommand
+from twinkle_serve.control.backend import LoadCommand, PassCommand
 from twinkle_serve.control.books import Books
 from twinkle_serve.control.commands import BirthCommand, RunEntry
 from twinkle_serve.control.flights import Assembly, Flight
@@ -376,8 +376,11 @@ class GroupDriver:
         assert run is not None
         if self._keeper is not None and self._keeper.is_unsure(run, entry.command):
             return True
-        over_limit = self.books.quotas.reason_to_wait(run, entry.command, self._places) is not None
-        return over_limit or self._suspects.must_wait(run_id)
+        if self._suspects.must_wait(run_id):
+            return True
+        if self._suspects.is_trying and isinstance(entry.command, PassCommand):
+            return False  # it has paid at each death, and a trial without it would end without a verdict
+        return self.books.quotas.reason_to_wait(run, entry.command, self._places) is not None
 
 
 def _standing(position: int | None, seconds_each: float | None) -> tuple[int, float | None] | None:
