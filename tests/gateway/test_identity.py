@@ -1,16 +1,33 @@
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import httpx
 import pytest
 
 from tests.gateway.scripted import ScriptedBackend
 from twinkle_serve.config import Config
+from twinkle_serve.console.app import add_console
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.identity import OpenIdentity, api_key
 from twinkle_serve.protocol.errors import Unauthorized
 
-# Answered without a key: a probe, and links that carry their own proof.
-OPEN = {"/healthz", "/downloads/{run_id}/{kind}/{name}/{file}", "/sessions/{session_id}/trace"}
+# Answered without a key: a probe, links that carry their own proof, and what people see before they sign in.
+OPEN = {
+    "/api/v1/healthz",
+    "/api/v1/downloads/{run_id}/{kind}/{name}/{file}",
+    "/api/v1/sessions/{session_id}/trace",
+    "/",
+    *(
+        prefix + page
+        for prefix in ("", "/v1")
+        for page in ("/docs", "/docs/oauth2-redirect", "/openapi.json")
+    ),
+    "/console/sign-in",
+    "/console/sign-out",
+    "/console/static",
+}
 
 
 @pytest.mark.parametrize(
@@ -44,20 +61,37 @@ async def test_each_key_is_a_tenant_that_does_not_show_the_key() -> None:
 
 
 async def test_every_route_needs_a_key(backend: ScriptedBackend, config: Config) -> None:
-    """Generated from the API page, so that a new route is covered when it is born."""
+    """From the route table, with all that is mounted, so that a new route is covered when it is born."""
     app = create_app(lambda: backend, config)
+    add_console(app)
+    table = list(routes_of(app.routes))
+    assert len(table) > 70
+    assert {path for _, path in table} >= OPEN
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-        paths = (await client.get("/openapi.json")).json()["paths"]
-        assert len(paths) > 25
-        for path, methods in paths.items():
-            for method in methods:
-                if path.removeprefix("/api/v1") in OPEN:
-                    continue
-                answer = await client.request(method, path)
-                assert answer.status_code == 401, (method, path)
+        for method, path in table:
+            if path in OPEN:
+                continue
+            answer = await client.request(method, path)
+            if path.startswith("/console/") and answer.status_code == 303:
+                assert answer.headers["location"].startswith("/console/sign-in?"), (method, path)
+                continue
+            assert answer.status_code == 401, (method, path)
+            if not path.startswith("/v1/"):
                 assert answer.json()["detail"]
     assert backend.calls == []
+
+
+def routes_of(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(method, path) of each, also of what is mounted, and however the framework keeps routers."""
+    for route in routes:
+        if hasattr(route, "effective_candidates"):
+            yield from routes_of(route.effective_candidates(), prefix)
+        elif getattr(route, "routes", None):
+            yield from routes_of(route.routes, prefix + route.path)
+        else:
+            for method in sorted(getattr(route, "methods", None) or {"GET"}):
+                yield method, prefix + route.path
 
 
 async def test_another_tenants_objects_are_absent(

@@ -84,6 +84,22 @@ async def test_large_protobuf_passes_and_what_was_compressed(
     assert len(backend.commands) == 2
 
 
+async def test_what_becomes_large_is_unpacked_beside(
+    client: httpx.AsyncClient, threads: dict[str, threading.Thread]
+) -> None:
+    """However few bytes were sent."""
+    packed = {"Content-Encoding": "zstd"}
+    body = {"model_id": sdk.RUN, "seq_id": 1, "adam_params": {}, "padding": "x" * 2 * LARGE}
+    content = zstandard.compress(json.dumps(body).encode())
+    assert len(content) < 500
+    assert (await client.post("/optim_step", content=content, headers=packed)).status_code == 200
+    assert beside(threads) == {"decompress"}
+    threads.clear()
+    unannounced = zstandard.ZstdCompressor(write_content_size=False).compress(b'{"model_id": "m"}')
+    assert (await client.post("/optim_step", content=unannounced, headers=packed)).status_code == 200
+    assert beside(threads) == {"decompress"}
+
+
 async def test_other_large_objects(
     client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,12 @@ async def test_trap_27_sample_seq_ids_have_64_bits(
     assert backend.asked("sample")[-1][2] == 286_206_069_000_000_000
 
 
+async def test_a_samples_seq_id_of_any_size_is_told_short(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/asample", json=sample_body() | {"seq_id": [0] * 10**5})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].endswith("got a list")
+
+
 @pytest.mark.parametrize(
     ("params", "ids", "strings"),
     [

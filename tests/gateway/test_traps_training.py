@@ -29,6 +29,7 @@ from twinkle_serve.control.backend import (
     RejectedCommand,
     SnapshotCommand,
 )
+from twinkle_serve.gateway import training
 from twinkle_serve.gateway.app import create_app
 from twinkle_serve.gateway.futures import hold_seconds
 from twinkle_serve.protocol.data import Column, DatumBatch, ForwardResult, SampledSequence, SampleResult
@@ -231,6 +232,22 @@ async def test_trap_14_a_wrong_request_still_spends_its_seq_id(
     assert (run_id, seq_id) == (RUN, 5)
     assert isinstance(command, RejectedCommand)
     assert command.failure.category == "user"
+
+
+async def test_a_request_that_we_fail_to_check_spends_its_seq_id_too(
+    client: httpx.AsyncClient, backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a detail of ours")
+
+    monkeypatch.setattr(training, "check_pass", fail)
+    answer = await send_pass(client, sdk.forward_proto([sdk.cross_entropy()], 7))
+    assert answer.status_code == 200, answer.text
+    [(run, seq_id, command)] = backend.commands
+    assert (run, seq_id) == (RUN, 7)
+    assert isinstance(command, RejectedCommand)
+    assert command.failure.category == "server"
+    assert "detail" not in command.failure.message
 
 
 async def test_a_small_body_is_refused_before_it_becomes_a_large_batch(

@@ -54,6 +54,9 @@ def test_both_files_are_hashed_and_where_one_ends() -> None:
         ('{"name": "ppo"}', "'ppo' is taken"),
         ('{"name": "custom"}', "'custom' is taken"),
         ('{"name": "stable_reinforce"}', "is taken"),
+        ('{"name": "mine", "inputs": ["target_tokens"]}', "target_tokens is always sent"),
+        ('{"name": "mine", "optional": ["target_tokens"]}', "target_tokens is always sent"),
+        ('{"name": "mine", "inputs": ["b", "a"], "optional": ["a"]}', "a is in inputs and in optional"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused_by_field(tmp_path: Path, manifest: str, words: str) -> None:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import io
 import math
+import tracemalloc
 
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinkle_serve.protocol.bodies import decompress, parse_object
+from twinkle_serve.protocol.bodies import decompress, decompress_small, parse_object
 from twinkle_serve.protocol.errors import BodyTooLarge, MalformedBody
 
 
@@ -40,6 +41,31 @@ def test_a_bomb_stops_at_the_limit() -> None:
     assert len(bomb) < 5000
     with pytest.raises(BodyTooLarge, match="more than 1000 bytes"):
         decompress(bomb, "zstd", 1000)
+
+
+def test_what_says_that_it_is_small_is_unpacked_at_the_cost_of_that() -> None:
+    pack = zstandard.compress
+    assert decompress_small(pack(b"x" * 1000), 1000) == b"x" * 1000
+    assert decompress_small(pack(b""), 1000) == b""
+    assert decompress_small(pack(b"x" * 1001), 1000) is None
+    unannounced = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 10)
+    for other in (unannounced, b"", b"x", pack(b"x" * 1000)[:-1], pack(b"") + bytes(1001)):
+        assert decompress_small(other, 1000) is None
+
+
+def test_a_frame_that_says_too_little_is_not_believed() -> None:
+    """Blocks of four bytes, each of which fills the window with what it repeats."""
+    window, blocks = 255, 10**4
+    frame = b"\x28\xb5\x2f\xfd\x20" + bytes([window])
+    block = ((window << 3) | 2).to_bytes(3, "little") + b"x"
+    frame += block * blocks + ((window << 3) | 3).to_bytes(3, "little") + b"x"
+    assert zstandard.get_frame_parameters(frame).content_size == window
+    tracemalloc.start()
+    try:
+        assert decompress_small(frame, 2**16) is None
+        assert tracemalloc.get_traced_memory()[1] < 2**16
+    finally:
+        tracemalloc.stop()
 
 
 def test_other_encodings_are_named() -> None:

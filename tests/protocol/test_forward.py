@@ -365,6 +365,12 @@ def test_a_seq_id_below_zero_is_malformed_in_protobuf_too() -> None:
         parse_proto(request.SerializeToString())
 
 
+def test_a_seq_id_of_any_size_is_told_short() -> None:
+    for value, told in (([0] * 10**6, "a list"), ({str(key): 0 for key in range(1000)}, "an object")):
+        with pytest.raises(MalformedBody, match=f"got {told}$"):
+            address({"model_id": "m", "seq_id": value})
+
+
 def test_seq_ids_may_be_absent() -> None:
     assert address({"model_id": "m"}) == address({"model_id": "m", "seq_id": None}) == ("m", None)
 

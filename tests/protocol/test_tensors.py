@@ -234,6 +234,20 @@ def test_images_and_audio_are_refused_in_protobuf() -> None:
         text_tokens_from_proto(datum.model_input)
 
 
+@pytest.mark.parametrize("count", [3, MANY])
+def test_dimensions_are_counted_before_a_shape_is_shown(count: int) -> None:
+    message = schema.ForwardBackwardRequest().data.add().loss_fn_inputs["x"]
+    message.dtype = schema.INT64
+    message.shape.extend([-1] * count)
+    told = f"^has {count} dimensions; 1 or 2 are possible$"
+    with pytest.raises(UserError, match=told):
+        tensor_from_proto(message)
+    with pytest.raises(UserError, match=told):
+        tensor_from_json({"data": [1], "dtype": "int64", "shape": [1] * count})
+    with pytest.raises(UserError, match="has a shape that is no list of whole numbers"):
+        tensor_from_json({"data": [1], "dtype": "int64", "shape": [-1] * count})
+
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3), st.lists))
 def test_any_json_is_numbers_or_refused(value: Any) -> None:
     for allow_float in (False, True):

@@ -24,7 +24,7 @@ from twinkle_serve.gateway.identity import Identity
 from twinkle_serve.gateway.links import Links
 from twinkle_serve.gateway.publishing import Publisher
 from twinkle_serve.protocol.batch import DatumLimits, dense_room
-from twinkle_serve.protocol.bodies import decompress, parse_object
+from twinkle_serve.protocol.bodies import decompress, decompress_small, parse_object
 from twinkle_serve.protocol.losses import LossSpec
 from twinkle_serve.protocol.requests import MAX_SMALL_BODY_BYTES
 from twinkle_serve.protocol.sample import SampleLimits
@@ -34,8 +34,6 @@ Value = TypeVar("Value")
 _CACHE_SIZE = 4096
 _MAX_LOSSES = 64
 _SMALL_BODY_BYTES = 2**16
-# What training sends shrinks to a tenth and less.
-_SMALL_COMPRESSED_BYTES = 2**12
 
 
 async def itself(value: Any) -> Any:
@@ -91,7 +89,11 @@ class Call:
         if encoding is None:
             return sent
         unpack = partial(decompress, sent, encoding, max_bytes)
-        return await self.beside(unpack, len(sent), _SMALL_COMPRESSED_BYTES)
+        if encoding != "zstd":
+            return unpack()
+        # By what it becomes, for 3 KB can become 100 MiB.
+        small = decompress_small(sent, min(_SMALL_BODY_BYTES, max_bytes))
+        return await self.in_thread(unpack) if small is None else small
 
     async def object(self, request: Request, most: int = MAX_SMALL_BODY_BYTES) -> dict[str, Any]:
         """The JSON object in the body; {} when there is none. As ``body``; few routes need large ones."""
@@ -102,9 +104,11 @@ class Call:
         self, work: Callable[[], Value], num_bytes: int, small: int = _SMALL_BODY_BYTES
     ) -> Value:
         """What ``work`` makes of so many bytes: of more than ``small`` in a thread, for they can take seconds
-        and here everybody's polls are answered; and for one tenant not several at once."""
-        if num_bytes <= small:
-            return work()
+        and here everybody's polls are answered."""
+        return work() if num_bytes <= small else await self.in_thread(work)
+
+    async def in_thread(self, work: Callable[[], Value]) -> Value:
+        """What ``work`` makes; for one tenant not several at once."""
         async with self.gateway.decoding.setdefault(self.tenant, asyncio.Lock()):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self.gateway.decoders, work)

@@ -17,6 +17,7 @@ from twinkle_serve.gateway.links import resource_path
 from twinkle_serve.protocol.errors import UserError
 from twinkle_serve.protocol.losses import as_finite
 from twinkle_serve.protocol.requests import Lenient, read
+from twinkle_serve.protocol.showing import shown
 
 router = APIRouter(tags=["insights"])
 MAX_VALUES = 32
@@ -42,7 +43,7 @@ class ReportedMetrics(Lenient):
                 raise UserError(f"metrics: the name {name!r:.80} is not 1 to {MAX_NAME} printable characters")
             number = as_finite(value)
             if number is None:
-                raise UserError(f"metrics.{name} must be a finite number, not {value!r:.80}")
+                raise UserError(f"metrics.{name} must be a finite number, not {shown(value)}")
             found[name] = number
         return found
 

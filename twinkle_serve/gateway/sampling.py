@@ -20,6 +20,7 @@ from twinkle_serve.protocol.errors import MalformedBody, UserError
 from twinkle_serve.protocol.paths import parse_path
 from twinkle_serve.protocol.requests import CreateSamplingSession, RequestId, read
 from twinkle_serve.protocol.sample import SampleAddress, SampleBody, SampleLimits, decode_sample
+from twinkle_serve.protocol.showing import shown
 from twinkle_serve.protocol.work import Failure
 
 router = APIRouter(tags=["sampling"])
@@ -40,8 +41,8 @@ async def create_sampling_session(request: Request, call: Authenticated) -> Resp
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, call: Authenticated) -> Response:
     info = await call.backend.sampler_info(call.tenant, sampler_id)
-    shown = {key: info.get(key) for key in ("sampler_id", "base_model", "model_path")}
-    return reply({key: value for key, value in shown.items() if value is not None})
+    told = {key: info.get(key) for key in ("sampler_id", "base_model", "model_path")}
+    return reply({key: value for key, value in told.items() if value is not None})
 
 
 @router.post("/asample", openapi_extra=describes(SampleAddress, SampleBody))
@@ -54,7 +55,7 @@ async def asample(request: Request, call: Authenticated) -> Response:
         raise MalformedBody("sampling_session_id is missing; create a sampling session first")
     # Cloned clients number from clone * 10^9, which needs all 64 bits.
     if seq_id is not None and (type(seq_id) is not int or not 0 <= seq_id < 2**63):
-        raise MalformedBody(f"seq_id must be a whole number from 0 to 2^63-1, got {seq_id!r:.40}")
+        raise MalformedBody(f"seq_id must be a whole number from 0 to 2^63-1, got {shown(seq_id)}")
     limits = await call.sample_limits(sampler_id)
     sample = await call.beside(partial(_decoded, body, limits), len(sent))
     request_id, sequence_ids = await call.backend.sample(call.tenant, sampler_id, seq_id, sample)

@@ -19,6 +19,7 @@ from twinkle_serve.protocol.graph_batch import assemble_for_graph
 from twinkle_serve.protocol.loss_graph import GRAPH, loss_tokens, read_graph
 from twinkle_serve.protocol.losses import UPLOADED, LossSpec, complete_config, find_loss
 from twinkle_serve.protocol.requests import MAX_SEQ_ID
+from twinkle_serve.protocol.showing import shown
 from twinkle_serve.protocol.tensors import (
     Array,
     WireTensor,
@@ -133,7 +134,7 @@ def address(body: Mapping[str, Any]) -> tuple[str, int | None]:
     if not isinstance(model_id, str) or not model_id:
         raise MalformedBody("model_id is missing")
     if seq_id is not None and (type(seq_id) is not int or not 0 <= seq_id <= MAX_SEQ_ID):
-        raise MalformedBody(_SEQ_ID_RULE.format(f"{seq_id!r:.40}"))
+        raise MalformedBody(_SEQ_ID_RULE.format(shown(seq_id)))
     return model_id, seq_id
 
 

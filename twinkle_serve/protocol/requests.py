@@ -25,6 +25,7 @@ from pydantic import (
 
 from twinkle_serve.protocol.data import AdamParams, LoraSpec
 from twinkle_serve.protocol.errors import UserError
+from twinkle_serve.protocol.showing import shown
 
 MAX_RANK = 32
 MIN_TTL_S, MAX_TTL_S = 3600, 10 * 365 * 24 * 3600
@@ -69,6 +70,7 @@ TextByName = Annotated[Metadata, AfterValidator(_are_texts), _OF_TEXTS]
 KeptMetadata = Annotated[Metadata, AfterValidator(_small)]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
 # Clients count with these; they become parts of ids, and of names of files.
+_UNKNOWN = "there is no such setting here"
 Counter = Annotated[int, Field(ge=0, lt=2**63)]
 Model = TypeVar("Model", bound="Lenient")
 
@@ -95,6 +97,15 @@ class Lenient(BaseModel):
         if isinstance(value, dict):
             return {key: item for key, item in value.items() if item is not None}
         return value
+
+
+class Exact(Lenient):
+    """What decides how a model is trained or sampled: a name that nobody knows is refused, as its sender would
+    otherwise get the default and not know it. Every SDK so far sends known ones only."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str | None = None
 
 
 class CreateCustomLoss(Lenient):
@@ -124,7 +135,7 @@ class FinishSession(Lenient):
     detail: Annotated[str | None, AfterValidator(_small)] = None
 
 
-class LoraConfig(Lenient):
+class LoraConfig(Exact):
     rank: int
     seed: Seed = 0
     train_unembed: bool = True
@@ -153,7 +164,7 @@ class GetInfo(Lenient):
     model_id: str
 
 
-class Adam(Lenient):
+class Adam(Exact):
     learning_rate: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.95
@@ -189,7 +200,7 @@ class OptimStep(Lenient):
     def as_params(self) -> AdamParams:
         kind = self.params.get("type", "adamw")
         if kind not in ("adam", "adamw"):
-            raise UserError(f"optimizer_params.type {kind!r:.40} is not served; adamw is")
+            raise UserError(f"optimizer_params.type {shown(kind)} is not served; adamw is")
         return read(Adam, self.params, "adam_params").as_params()
 
 
@@ -325,7 +336,9 @@ def read(model: type[Model], body: Mapping[str, Any], prefix: str = "") -> Model
         problems = []
         for item in error.errors(include_url=False, include_context=False, include_input=False)[:5]:
             place = ".".join(str(part) for part in (prefix, *item["loc"]) if part != "")
-            problems.append(f"{place or 'body'}: {item['msg']}")
+            problems.append(
+                f"{place or 'body'}: {_UNKNOWN if item['type'] == 'extra_forbidden' else item['msg']}"
+            )
         raise UserError("; ".join(problems)) from None
 
 
@@ -333,7 +346,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     """Raises UserError unless ``config`` selects AdamW."""
     kind = config.get("type", "adamw")
     if kind != "adamw":
-        raise UserError(f"optimizer_config.type {kind!r:.40} is not served; adamw is")
+        raise UserError(f"optimizer_config.type {shown(kind)} is not served; adamw is")
 
 
 def as_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
