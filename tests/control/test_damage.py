@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
-from tests.control.plane import TENANT, Client
+from tests.control.plane import TENANT, Client, optim
 from tests.control.test_keeper import Store, again
 from tests.control.virtual_time import virtual
 from twinkle_serve.storage.journal_rows import DamagedEntry
@@ -89,3 +89,34 @@ async def test_a_damaged_row_that_a_snapshot_covers_does_no_harm(number):
         assert (await plane.get_run(TENANT, store.runs[0]))["corrupted"] is False
         client = again(store.client, plane)
         assert await client.do(store.runs[0], 3, pass_command("p3")) == ("create", "p1", "p2", "p3")
+
+
+@virtual
+async def test_who_waits_for_a_run_that_is_lost_is_told_so_with_a_full_disk_too():
+    store, group = Store(), EchoGroup()
+    async with store.opened(group) as plane:
+        client = await Client(plane).open()
+        run_id = await client.create()
+        await client.do(run_id, 1, pass_command("a"))
+        await client.do(run_id, 2, optim())
+        await asyncio.sleep(70)
+        assert plane._keeper.kept[run_id].snapshots
+        group.files.clear()
+        store.journal.rows[run_id].entries.clear()
+        group.is_up = False
+
+        def full(record):
+            raise OSError("database or disk is full")
+
+        request = await client.submit(run_id, 3, pass_command("b"))
+        plane._books.runs._save = full
+        poll = await plane.poll(TENANT, request, 3600)
+        assert poll.failure is not None
+        assert "could not be recovered" in poll.failure.message
+        run = plane._books.runs.find(run_id)
+        assert run.record.corrupted
+        assert not run.log.is_held
+        assert (
+            "could not be recovered"
+            in (await client.failure(await client.submit(run_id, 4, pass_command("c")))).message
+        )

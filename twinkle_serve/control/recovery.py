@@ -119,12 +119,15 @@ def corrupt(keeper: Keeper, run: Run, reason: str) -> None:
     logger.error("run %s is corrupted: %s", run.run_id, reason)
     run.record = replace(run.record, corrupted=True)
     run.down = _corrupted(run, reason)
-    keeper.books.runs.save(run)
     kept = keeper.kept.get(run.run_id)
     if kept is not None:
         kept.untold = None
         for request_id, _ in kept.unstored.values():
             keeper.books.fail(request_id, run.down)
+    try:
+        keeper.books.runs.save(run)
+    except Exception:  # the next start finds the same, and whoever waits must not hang for a full disk
+        logger.exception("that run %s is corrupted could not be written down", run.run_id)
 
 
 def _corrupted(run: Run, reason: str) -> Failure:
