@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,10 +9,13 @@ import pytest
 
 from tests.control.echo_group import EchoGroup, pass_command
 from tests.control.memory_catalog import MemoryCatalog
-from tests.control.plane import TENANT, Client, control_plane, make_config, prompt
+from tests.control.memory_journal import MemoryFiles, MemoryJournal
+from tests.control.plane import TENANT, Client, control_plane, make_config, optim, prompt
 from tests.control.virtual_time import EPOCH, VirtualClock, virtual
 from twinkle_serve.config import TenantLimits
 from twinkle_serve.control.backend import SaveCommand
+from twinkle_serve.control.durability import Durability
+from twinkle_serve.control.metrics import Tally
 from twinkle_serve.control.service import ControlPlane
 from twinkle_serve.control.usage import MAX_SHOWN
 from twinkle_serve.protocol.data import SampleDelta
@@ -97,6 +101,33 @@ async def test_a_sample_that_is_cancelled_or_left_counts_as_far_as_it_came(tmp_p
         assert 100 / 0.01 < left < 140 / 0.01, "until nobody had asked for it for long enough"
         assert amounts["sampling_prefill", ""]["token_count"] == 2, "the one that waited was not read"
         assert plane.watch._cancelled == {}
+    ledger.close()
+
+
+@virtual
+async def test_what_is_done_again_after_the_group_died_is_not_counted_again(tmp_path: Path) -> None:
+    ledger, group, meter = Ledger(tmp_path), EchoGroup(), Tally()
+    durability = Durability(MemoryJournal(random.Random(1)), MemoryFiles(group.files))
+    deaths_left: list[bool] = []
+    group.crash_when = lambda tick, phase: bool(
+        phase == "passes"
+        and any(b"look" in each.datums for each in tick.passes)
+        and deaths_left
+        and deaths_left.pop()
+    )
+    async with control_plane(tmp_path, group, durability=durability, ledger=ledger, meter=meter) as plane:
+        client = await Client(plane).open()
+        run = await client.create()
+        await client.do(run, 1, pass_command("a", 1000))
+        await client.do(run, 2, optim())
+        for number in (3, 4):
+            deaths_left.append(True)
+            await client.do(run, number, pass_command(f"look{number}", 1, backward=False))
+        assert group.rebuilds == 2
+        bill = await plane.bill(TENANT, EPOCH - 7200, EPOCH + 7200)
+        amounts = [line["event_info"].get("token_count", 0) for line in bill["data"]]
+        assert sum(amounts) == 1002
+        assert meter.total("optimizer_steps") == 1
     ledger.close()
 
 

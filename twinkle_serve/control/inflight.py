@@ -78,7 +78,8 @@ class InFlight:
         self._suspects.settled(flight.request_id)
         if flight.outlives_tick:
             self._wake()  # a load may have waited for this save
-        self._books.watch.result(outcome)
+        # What was answered before the group died is done again, but not asked for again.
+        self._books.watch.result(outcome, self._books.promises.is_pending(flight.request_id))
         self._when_sure(flight.request_id, lambda: self._take_note(flight, outcome), flight.on_lost)
 
     def _when_sure(

@@ -126,8 +126,9 @@ class Watch:
         request = self._requests.get(request_id)
         return request is not None and request.taken_at is not None
 
-    def result(self, outcome: Outcome) -> None:
-        """What the group answered, before its promise is settled; of a sample that was cancelled after."""
+    def result(self, outcome: Outcome, is_awaited: bool = True) -> None:
+        """What the group answered, before its promise is settled; of a sample that was cancelled after.
+        is_awaited: whether that is still to come. What is merely done again is not counted again."""
         _, cancelled = self._cancelled.pop(outcome.request_id, (0.0, None))
         request = cancelled or self._requests.get(outcome.request_id)
         if request is None:
@@ -144,11 +145,13 @@ class Watch:
                 backward = request.kind == "forward_backward"
                 history = self.histories.of(request.owner)
                 history.add_pass(request.seq_id or 0, numbers, request.tokens, backward)
-                self._count_tokens(request, "train" if backward else "forward", request.tokens)
+                if is_awaited:
+                    self._count_tokens(request, "train" if backward else "forward", request.tokens)
             case "optim_step":
                 history = self.histories.of(request.owner)
                 history.add_step(request.seq_id or 0, self._clock.now(), request.learning_rate, numbers)
-                self.meter.add("optimizer_steps", 1, model=request.group)
+                if is_awaited:
+                    self.meter.add("optimizer_steps", 1, model=request.group)
             case "sample":
                 self._paces[request.group].num_samples += 1
                 self._count_tokens(request, "prompt", request.tokens)
