@@ -45,12 +45,15 @@ _PLAIN = """
 
     prev_cursor retrieved_request_ids target timeout
 
+    prompt_alt_tokens_k prompt_logprobs prompt_logprobs_last_n target_prompt_logprobs topk_prompt_logprobs
+    topk_sample_logprobs
+
     best_of chat_template_kwargs echo frequency_penalty functions logit_bias logprobs
     max_completion_tokens max_tokens messages n presence_penalty prompt response_format seed stop stream
     stream_options suffix temperature tools top_k top_logprobs top_p
 """
 PLAIN = set(_PLAIN.split())
-# What the API page does not say about bodies.
+# What bodies need besides, or the API page says in several forms.
 UNDESCRIBED: dict[str, dict[str, Any]] = {
     "/api/v1/load_weights": {"model_id": ""},
     "/api/v1/asample": {"sampling_session_id": "", "prompt": {"chunks": []}},
