@@ -90,8 +90,6 @@ def test_a_wrong_setting_is_one_line(
 def test_a_storage_that_cannot_be_used_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--set", "storage.root=/dev/null/x")
     assert "/dev/null" in _fails(capsys, "keys", str(config), "list", *settings)
-    settings = ("--set", "storage.catalog_url=nonsense")
-    assert "URL" in _fails(capsys, "export", str(config), "tinker://r/weights/w", "out", *settings)
 
 
 def test_several_wrong_settings_are_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from twinkle_serve.config import Config
 from twinkle_serve.console.app import add_console
 from twinkle_serve.control.backend import NotFound
 from twinkle_serve.gateway.app import create_app
+from twinkle_serve.storage.checkpoints import MANIFEST, write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ async def test_a_malformed_form(browser: httpx.AsyncClient, body: bytes) -> None
 async def test_a_download_leads_to_a_signed_link(
     browser: httpx.AsyncClient, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(b"weights")
-    backend.files["adapter_model.safetensors"] = str(file)
+    name = "adapter_model.safetensors"
+    write_checkpoint(tmp_path / "saved", {name: b"weights"}, {})
+    backend.files.update({each: str(tmp_path / "saved" / each) for each in (name, MANIFEST)})
     answer = await browser.get("/console/download", params={"path": PATH})
     assert answer.status_code == 303
     link = answer.headers["location"]
@@ -114,7 +115,7 @@ async def test_a_download_leads_to_a_signed_link(
     browser.cookies.clear()  # the link is enough
     tar = await browser.get(link)
     assert b"weights" in tar.content
-    assert b"adapter_model.safetensors" in tar.content
+    assert name.encode() in tar.content
 
 
 async def test_the_playground_asks_like_any_openai_client(

@@ -149,7 +149,7 @@ async def test_a_revoked_key_is_signed_out(tmp_path: Path, backend: ScriptedBack
         assert "ann" in page.text
         assert key not in page.text
         store.revoke("ann")
-        identity._verdicts.clear()  # what time would do
+        identity._good.clear()  # what time would do
         assert (await client.get("/console/")).status_code == 303
     store.close()
 

@@ -21,6 +21,20 @@ def test_null_and_missing_are_alike_and_the_unknown_is_ignored() -> None:
     assert (bare.path, bare.overwrite, bare.ttl_seconds) == (None, False, None)
 
 
+def test_a_setting_that_nobody_knows_is_refused() -> None:
+    """Or the run would train with the default, and nobody would know."""
+    step = wire.read(wire.OptimStep, {"adam_params": {"learning_rte": 5e-3}})
+    with pytest.raises(
+        UserError, match=r"^adam_params: .*there is no 'learning_rte'; there are learning_rate,"
+    ):
+        step.as_params()
+    create = {"session_id": "s", "model_seq_id": 0, "base_model": "m"}
+    with pytest.raises(UserError, match=r"^lora_config: .*there is no 'alpha'; there are rank,"):
+        wire.read(wire.CreateModel, create | {"lora_config": {"rank": 8, "alpha": 64}})
+    wire.read(wire.CreateModel, create | {"lora_config": {"rank": 8, "alpha": None, "type": "lora"}})
+    assert wire.read(wire.OptimStep, {"adam_params": {"type": "adam"}}).as_params() == AdamParams()
+
+
 def test_defaults_of_a_step_are_the_sdks() -> None:
     from tinker.types import AdamParams as SdkParams
 

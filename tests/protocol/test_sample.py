@@ -103,6 +103,7 @@ def test_any_seed_fits(seed: int) -> None:
         ({"prompt": {"chunks": [{"tokens": [1.5]}]}}, "prompt chunks.0..tokens is not a flat list"),
         ({"prompt": {"chunks": [{"data": "x", "format": "png"}]}}, "prompt chunks.0. is an image"),
         ({"prompt": {"chunks": [{"dmel": "x"}]}}, "audio"),
+        ({"sampling_params": {"min_p": 0.2}}, "sampling_params: .*there is no .min_p.; there are max_tokens"),
         ({"num_samples": 0}, "num_samples is 0; 1 to 8"),
         ({"num_samples": 9}, "num_samples is 9; 1 to 8"),
         ({"num_samples": "many"}, "num_samples"),

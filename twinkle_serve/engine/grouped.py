@@ -82,8 +82,8 @@ class Stretches:
         return first if len(self.adapters) == 1 and first and first.spec.rank == self.rank else None
 
     def scale(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Each row of ``hidden`` [N, R] times its adapter's scale, in place; reckoned in float32, as most scales
-        are no number of bfloat16."""
+        """Each row of ``hidden`` [N, R] times its adapter's scale, in place; reckoned in float32, since most
+        scales are no number of bfloat16."""
         return hidden.mul_(self.row_scales)
 
     def a(self, index: int, like: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,6 @@ TextByName = Annotated[Metadata, AfterValidator(_are_texts), _OF_TEXTS]
 KeptMetadata = Annotated[Metadata, AfterValidator(_small)]
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
 # Clients count with these; they become parts of ids, and of names of files.
-_UNKNOWN = "there is no such setting here"
 Counter = Annotated[int, Field(ge=0, lt=2**63)]
 Model = TypeVar("Model", bound="Lenient")
 
@@ -100,12 +99,17 @@ class Lenient(BaseModel):
 
 
 class Exact(Lenient):
-    """What decides how a model is trained or sampled: a name that nobody knows is refused, as its sender would
-    otherwise get the default and not know it. Every SDK so far sends known ones only."""
+    """What decides how a model is trained or sampled. A name that nobody knows is refused: its sender would
+    get the default instead and not hear of it. No SDK so far sends such a name."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    type: str | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if item is not None and key != "type" and key not in cls.model_fields:
+                    raise ValueError(f"there is no {shown(key)}; there are {', '.join(cls.model_fields)}")
+        return value
 
 
 class CreateCustomLoss(Lenient):
@@ -336,9 +340,7 @@ def read(model: type[Model], body: Mapping[str, Any], prefix: str = "") -> Model
         problems = []
         for item in error.errors(include_url=False, include_context=False, include_input=False)[:5]:
             place = ".".join(str(part) for part in (prefix, *item["loc"]) if part != "")
-            problems.append(
-                f"{place or 'body'}: {_UNKNOWN if item['type'] == 'extra_forbidden' else item['msg']}"
-            )
+            problems.append(f"{place or 'body'}: {item['msg']}")
         raise UserError("; ".join(problems)) from None
 
 

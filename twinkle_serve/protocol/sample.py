@@ -18,7 +18,7 @@ from pydantic import Field
 from twinkle_serve.protocol.batch import check_token_range
 from twinkle_serve.protocol.data import Listed, SampleRequest, SamplingParams
 from twinkle_serve.protocol.errors import UserError
-from twinkle_serve.protocol.requests import Counter, Lenient, Metadata, Seed, read
+from twinkle_serve.protocol.requests import Counter, Exact, Lenient, Metadata, Seed, read
 from twinkle_serve.protocol.tensors import tensor_from_json, text_tokens_from_json
 
 MAX_STOPS = 64
@@ -64,7 +64,7 @@ class SampleBody(Lenient):
     prompt_logprobs_last_n: int | None = None
 
 
-class _Params(Lenient):
+class _Params(Exact):
     max_tokens: int | None = None
     seed: Seed | None = None
     temperature: float = 1.0
