@@ -81,6 +81,23 @@ async def test_a_load_is_told_once_a_snapshot_has_it_and_nothing_follows_before(
         assert await client.result(requests[1]) == ("create", "a", "load", "c")
 
 
+@pytest.mark.parametrize(("num_full", "words"), [(0, "is being written"), (1, "cannot be written")])
+@virtual
+async def test_a_poll_says_why_a_load_and_what_follows_it_wait(num_full, words):
+    store, group = Store(snapshot_every_s=1e9), FullDisk() if num_full else SlowDisk()
+    async with store.opened(group) as plane:
+        client, run, path = await saved(plane)
+        group.is_stuck, group.num_full = True, num_full
+        requests = [await client.submit(run, 4, LoadCommand(path, False))]
+        requests.append(await client.submit(run, 5, pass_command("c")))
+        await asyncio.sleep(10)
+        polls = [await plane.poll(TENANT, each, 0) for each in requests]
+        assert [poll.queue_state for poll in polls] == ["paused_capacity"] * 2
+        assert all(words in poll.queue_reason for poll in polls)
+        group.is_stuck = False
+        assert await client.result(requests[1]) == ("create", "a", "load", "c")
+
+
 @virtual
 async def test_a_load_does_not_wait_because_an_earlier_snapshot_failed():
     store, group = Store(snapshot_every_s=1), FullDisk()

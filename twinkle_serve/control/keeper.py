@@ -40,6 +40,8 @@ _RETRY_S = 30.0
 _LONGEST_RETRY_S = 3600.0
 _SETTLE_POLL_S = 0.05
 _EXPIRE_EVERY_S = 60.0
+_LISTED_SOON = "what was loaded is being written to disk; the run goes on as soon as it is there"
+_NOT_LISTED = "what was loaded cannot be written to the server's disk at the moment; it is tried again"
 
 
 class Keeper:
@@ -207,6 +209,13 @@ class Keeper:
             return False
         is_loaded = kept.untold is None or isinstance(command, UnloadCommand)
         return not is_loaded or kept.noting is not None
+
+    def reason_to_wait(self, run: Run, seq_id: int | None) -> str | None:
+        """Why a request of the run is not told, or waits, though nothing is in front of it; for a client."""
+        kept = self.kept.get(run.run_id)
+        if kept is None or kept.untold is None or (seq_id is not None and seq_id < kept.untold.seq_id):
+            return None
+        return _NOT_LISTED if kept.not_before > 0 else _LISTED_SOON  # the load has set it to 0
 
     def ticked(self, group: str, seconds: Mapping[str, float]) -> None:
         """The tick is over, and took so long by phase; nothing if that is not known, or if there was none."""

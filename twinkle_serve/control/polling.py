@@ -1,6 +1,6 @@
 """What a client is told that asks after a request: its result, or how it stands and why.
 
-Knows promises, and what makes a request wait: a lost group, a limit, others in front of it. Does not know
+Knows promises, and what makes a request wait: a lost group, a limit, a disk, others in front. Does not know
 how anything is done, nor how long an answer may take on the wire (gateway/futures.py).
 """
 
@@ -16,6 +16,7 @@ from twinkle_serve.control.clock import Clock
 from twinkle_serve.control.driver import GroupDriver
 from twinkle_serve.control.groups import Drivers, driver_of
 from twinkle_serve.control.insight import gap_in_words, in_words
+from twinkle_serve.control.keeper import Keeper
 from twinkle_serve.control.quotas import Reason
 from twinkle_serve.control.sampling import Sampling
 
@@ -28,7 +29,10 @@ _FULL = "this server's room for adapters is full; a new run starts once another 
 class Polling:
     """See control.backend.Backend for what the methods of these names promise."""
 
-    def __init__(self, books: Books, drivers: Drivers, sampling: Sampling, clock: Clock) -> None:
+    def __init__(
+        self, books: Books, drivers: Drivers, sampling: Sampling, clock: Clock, keeper: Keeper | None
+    ) -> None:
+        self._keeper = keeper
         self._books = books
         self._drivers = drivers
         self._sampling = sampling
@@ -67,6 +71,10 @@ class Polling:
         run = self._books.runs.find(promises.run_of(request_id) or "")
         if run is not None and run.log.is_held:
             return replace(poll, queue_state="paused_capacity", queue_reason=HELD)
+        if run is not None and self._keeper is not None:
+            unwritten = self._keeper.reason_to_wait(run, self._books.watch.seq_id_of(request_id))
+            if unwritten is not None:
+                return replace(poll, queue_state="paused_capacity", queue_reason=unwritten)
         limit = self._over_limit(tenant, request_id, origin)
         if limit is not None:
             return replace(poll, queue_state=limit[0], queue_reason=limit[1])

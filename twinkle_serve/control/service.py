@@ -113,7 +113,7 @@ class ControlPlane(Management):
         )
         self._ending = Ending(self._books, self._drivers, self._keeper, config.limits.run_retention_s)
         self._loss_making = LossMaking(self._books, self._drivers, self._accept, self._clock)
-        self._polling = Polling(self._books, self._drivers, self._sampling, self._clock)
+        self._polling = Polling(self._books, self._drivers, self._sampling, self._clock, self._keeper)
         self._sweep_timer: Timer | None = None
         self._waiting: list[Run] = []  # of an earlier life, with base models that nobody serves yet
 
