@@ -73,9 +73,9 @@ def _zeros(each: Pass) -> ForwardResult:
 
 
 def main() -> int:
-    from twinkle_serve import cli
+    from twinkle_serve import cli, up
 
-    start = cli._start
+    start = up._start
 
     def start_with_this(config: Any) -> None:
         from twinkle_serve.cluster import coordinator
@@ -85,7 +85,7 @@ def main() -> int:
         coordinator.find_or_create = find
         start(config)
 
-    cli._start = start_with_this
+    up._start = start_with_this
     return cli.main(sys.argv[1:])
 
 
