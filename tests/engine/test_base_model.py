@@ -141,9 +141,21 @@ def test_no_model_directory_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_model_with_code_of_its_own_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    directory = edited(tiny_llama, tmp_path / "m", auto_map={"AutoModelForCausalLM": "evil.Model"})
+@pytest.mark.parametrize(
+    ("model_type", "auto_map"),
+    [("llama", {"AutoModelForCausalLM": "evil.Model"}), ("mine", {"AutoConfig": "evil.Config"})],
+)
+def test_a_model_with_code_of_its_own_is_refused(
+    tiny_llama: Path, tmp_path: Path, model_type: str, auto_map: dict[str, str]
+) -> None:
+    directory = edited(tiny_llama, tmp_path / "m", model_type=model_type, auto_map=auto_map)
     with pytest.raises(UnsupportedModel, match="auto_map"):
+        load(directory)
+
+
+def test_a_model_type_that_nobody_knows_is_refused_with_the_list(tiny_llama: Path, tmp_path: Path) -> None:
+    directory = edited(tiny_llama, tmp_path / "m", model_type="mine")
+    with pytest.raises(UnsupportedModel, match=r"model_type 'mine' cannot be read .* [Mm]ixtral"):
         load(directory)
 
 

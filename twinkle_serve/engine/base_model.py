@@ -6,6 +6,7 @@ or how a model directory came to this machine (hub/).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from twinkle_serve.engine.logprobs import (
 from twinkle_serve.engine.norms import replace_norms
 from twinkle_serve.engine.packing import make_segments
 from twinkle_serve.engine.sharding.expert_parallel import ExpertParallel
-from twinkle_serve.engine.sharding.families import family_of
+from twinkle_serve.engine.sharding.families import SERVED, family_of
 from twinkle_serve.engine.sharding.files import WeightFiles
 from twinkle_serve.engine.sharding.ranks import Ranks
 from twinkle_serve.engine.sharding.shares import Shares
@@ -294,9 +295,18 @@ def _info(model: PreTrainedModel, config: ModelConfig, directory: Path) -> Model
 def _read_config(directory: Path) -> object:
     if not (directory / "config.json").is_file():
         raise UnsupportedModel(f"{directory} holds no config.json; it is not a Hugging Face model directory")
-    config = AutoConfig.from_pretrained(directory)
-    if getattr(config, "auto_map", None):
+    # Looked at before transformers does, which would ask whoever sits at the terminal whether to run it.
+    raw = json.loads((directory / "config.json").read_bytes())
+    if raw.get("auto_map"):
         raise UnsupportedModel(f"{directory} needs code of its own (auto_map); that is not run here")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (KeyError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        kind = raw.get("model_type")
+        raise UnsupportedModel(
+            f"{directory}: model_type {kind!r} cannot be read ({first}); {SERVED}"
+        ) from None
     for switch in _UNSERVED_SWITCHES:
         if getattr(config, switch, None) is not None:
             raise UnsupportedModel(f"{directory}: {switch} is not served")
