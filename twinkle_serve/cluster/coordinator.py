@@ -263,7 +263,10 @@ class Coordinator:
 
     def _make_group(self, name: str, model: ModelConfig) -> RayGroup:
         whitelist, monitoring = self._config.losses.whitelist, self._config.monitoring
-        device_of = lambda num_gpus: self._fleet.device_of(name, num_gpus)  # noqa: E731
+
+        def device_of(num_gpus: int) -> str:
+            return self._fleet.device_of(name, num_gpus)  # looked up late: the fleet is being made
+
         return RayGroup(model, self._engine, whitelist, name, monitoring, device_of)
 
     def _grow(self) -> None:

@@ -31,9 +31,8 @@ class Fleet:
         self._grace_s = grace_s
         self._starts: dict[str, asyncio.Task[Any]] = {}  # whose outcome nobody has heard yet
         self._models: dict[str, ModelConfig] = {}  # by name of the group
-        self._wanted: dict[
-            str, ModelConfig
-        ] = {}  # by name of the model, what was there first before the rest
+        # By name of the model, what was there first before the rest.
+        self._wanted: dict[str, ModelConfig] = {}
         self.groups: dict[str, RayGroup] = {}
         self.cover(config)
 

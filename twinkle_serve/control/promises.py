@@ -62,9 +62,8 @@ class PromiseTable:
         self._results = Retention(retention_s, max_bytes)
         self._new_token = new_token
         self._dropped: list[str] = []
-        self._lost: dict[
-            str, Hashable
-        ] = {}  # the origins of promises that were lost, until they are forgotten
+        # The origins of promises that were lost, until they are forgotten.
+        self._lost: dict[str, Hashable] = {}
         self._promises: dict[str, Promise] = {}
         self._num_waiters = 0
         self._pending: dict[str, Pending] = {}

@@ -34,9 +34,10 @@ def encode_result(value: Any, accept: str) -> tuple[bytes, str]:
     Raises UserError for a result that is too large for JSON.
     """
     protobuf = PROTOBUF in accept
-    if not protobuf and num_cells(value) > MAX_JSON_CELLS:
+    cells = 0 if protobuf else num_cells(value)
+    if cells > MAX_JSON_CELLS:
         raise UserError(
-            f"this result has {num_cells(value)} numbers; as JSON at most {MAX_JSON_CELLS} are told, so ask "
+            f"this result has {cells} numbers; as JSON at most {MAX_JSON_CELLS} are told, so ask "
             f"for it with Accept: {PROTOBUF}, as SDKs since 0.19 do"
         )
     if isinstance(value, ForwardResult):
